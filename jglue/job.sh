@@ -1,0 +1,27 @@
+#!/bin/bash
+# Prepare JGLUE, let a model answer, score the answers. From this directory: qsub -P GROUP job.sh   (or: bash job.sh)
+#PBS -N jglue
+#PBS -q rt_HG
+#PBS -l select=1
+#PBS -l walltime=1:00:00
+#PBS -j oe
+#PBS -k oed
+# PBS runs a copy of this file from its spool; by hand, $0 tells the directory.
+if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$(dirname "$0")"; fi || exit 2
+[[ -f ../jobs/env.sh && -f evaluate_jglue.py ]] ||
+  { echo "error: no evaluate_jglue.py and ../jobs/env.sh in $PWD. Submit from this job file's directory" >&2; exit 2; }
+source ../jobs/env.sh || exit
+
+# Edit here, or set it at submission: qsub -P GROUP -v TASK=jnli,MODEL=../finetune_full/output job.sh
+JGLUE_DIR=${JGLUE_DIR:-sample} # a checkout of JGLUE, or the sample beside this file
+TASK=${TASK:-jsquad}           # jsquad, jcommonsenseqa, jnli or jsts
+MODEL=${MODEL:-../tiny_model/output/llama}
+OUTPUT_DIR=${OUTPUT_DIR:-output}
+PROMPT_FILE=$OUTPUT_DIR/${TASK}_validation.jsonl
+OUTPUT_FILE=${OUTPUT_FILE:-$OUTPUT_DIR/${TASK}_generated.jsonl}
+read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
+
+python prepare_jglue.py --jglue_dir "$JGLUE_DIR" --output_dir "$OUTPUT_DIR" --task "$TASK" || exit
+python ../generate_text/generate_text.py --model_name_or_path "$MODEL" --prompt_file "$PROMPT_FILE" \
+  --output_file "$OUTPUT_FILE" --max_new_tokens 32 "${WORDS[@]}" "$@" || exit
+python evaluate_jglue.py --task "$TASK" --prediction_file "$OUTPUT_FILE"

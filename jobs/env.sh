@@ -1,0 +1,129 @@
+# shellcheck shell=bash
+# The environment of every job, on ABCI 3.0 and on any Linux machine (no modules, no PBS, no GPU needed). To be sourced:
+#   source ../jobs/env.sh || exit
+# It prints one line with what it chose. Each choice is a variable that you can set before, in the shell or by qsub -v:
+#   PYTHON_MODULE, CUDA_MODULE  modules to load where there are modules; empty loads none
+#   VENV                        virtual environment, made by jobs/setup_venv.sh
+#   CACHE_ROOT                  models and packages to keep: /groups/GROUP/USER/cache where GROUP is set or the path of
+#                               the working directory shows a group area, else ~/.cache
+#   BUILD_CACHE                 compiled code, on the node's own disk: many small files, of no use to another node
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+  echo "error: this file is sourced, not run. Type: source ${BASH_SOURCE[0]}" >&2
+  exit 2
+fi
+
+_env_error() {
+  echo "error: $*" >&2
+  return 2
+}
+
+# _env_module VARIABLE: load the module that the variable names.
+_env_module() {
+  local name=${!1} message versions
+  [[ -n $name ]] || return 0
+  # Tried in a subshell first: a module that is missing then gives one line of ours, not a screen of theirs.
+  if ! message=$(module load "$name" 2>&1); then
+    message=$(grep -m1 '[^[:space:]]' <<<"$message")
+    versions=$(module -t avail "${name%%/*}" 2>&1 | grep "^${name%%/*}/" | tr '\n' ' ')
+    _env_error "module $name does not load (${message:-no reason given}). Set $1 to one that is there" \
+      "(${versions:-see: module avail}) or to nothing, e.g. qsub -v $1=..."
+    return
+  fi
+  module load "$name" >/dev/null 2>&1
+}
+
+_env_modules() {
+  local libraries status strict=$-
+  set +eu # not every site's module scripts were written for set -eu
+  # A job script starts without the shell functions of a login shell.
+  # shellcheck disable=SC1091
+  [[ -f /etc/profile.d/modules.sh ]] && source /etc/profile.d/modules.sh
+  status=0
+  if type module >/dev/null 2>&1; then
+    module purge >/dev/null 2>&1
+    _env_module PYTHON_MODULE && libraries=${LD_LIBRARY_PATH-} && _env_module CUDA_MODULE
+    status=$?
+    # The CUDA module is for nvcc, which DeepSpeed's extensions need. torch's wheel brings its own CUDA libraries and
+    # must find those, not the module's, which may be older: so the library path stays as it was.
+    if [[ -n $libraries ]]; then export LD_LIBRARY_PATH=$libraries; else unset LD_LIBRARY_PATH; fi
+  else
+    PYTHON_MODULE="" CUDA_MODULE=""
+  fi
+  [[ $strict != *e* ]] || set -e
+  [[ $strict != *u* ]] || set -u
+  return "$status"
+}
+
+# _env_writable VARIABLE WHAT-TO-DO: make the directory that the variable names, and write a file there.
+_env_writable() {
+  local directory=${!1} probe=""
+  # A real file: on a full disk or with a used-up quota a directory still looks writable.
+  { mkdir -p -- "$directory" && probe=$(mktemp "$directory/.write_test.XXXXXX") && echo ok >"$probe"; } 2>/dev/null ||
+    _env_error "cannot write to $1=$directory. $2"
+  local status=$?
+  [[ -z $probe ]] || rm -f -- "$probe"
+  return "$status"
+}
+
+_env_caches() {
+  local group=${GROUP:-} user=${USER:-$(id -un)} name
+  if [[ -z $group && $PWD/ =~ ^/groups/([^/]+)/ ]]; then group=${BASH_REMATCH[1]}; fi
+  if [[ -z ${CACHE_ROOT:-} ]]; then
+    if [[ -n $group ]]; then CACHE_ROOT=/groups/$group/$user/cache; else CACHE_ROOT=$HOME/.cache; fi
+  fi
+  export CACHE_ROOT BUILD_CACHE=${BUILD_CACHE:-${PBS_LOCALDIR:-${TMPDIR:-/tmp}}/build_cache_$(id -u)}
+  _env_writable CACHE_ROOT "Set CACHE_ROOT to a directory of yours (on ABCI, show_quota tells the room left)" || return
+  _env_writable BUILD_CACHE "Set BUILD_CACHE to a directory of yours on this machine's own disk" || return
+  # What lies there gets executed: in a shared /tmp, somebody else's directory of that name would be a trap.
+  [[ -O $BUILD_CACHE ]] || _env_error "BUILD_CACHE=$BUILD_CACHE is not yours. Set it to a directory of yours" || return
+  # The token stays where "hf auth login" puts it: it is yours, not the group's.
+  export HF_TOKEN_PATH=${HF_TOKEN_PATH:-${HF_HOME:-$HOME/.cache/huggingface}/token}
+  export HF_HOME=${HF_HOME:-$CACHE_ROOT/huggingface} PIP_CACHE_DIR=${PIP_CACHE_DIR:-$CACHE_ROOT/pip}
+  export HF_XET_CACHE=${HF_XET_CACHE:-$HF_HOME/xet} TORCH_HOME=${TORCH_HOME:-$CACHE_ROOT/torch}
+  export TORCH_EXTENSIONS_DIR=$BUILD_CACHE/torch_extensions TORCHINDUCTOR_CACHE_DIR=$BUILD_CACHE/inductor
+  export TRITON_CACHE_DIR=$BUILD_CACHE/triton CUDA_CACHE_PATH=$BUILD_CACHE/cuda
+  for name in HF_HOME HF_XET_CACHE PIP_CACHE_DIR TORCH_HOME \
+    TORCH_EXTENSIONS_DIR TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR CUDA_CACHE_PATH; do
+    _env_writable "$name" "Set $name to a directory of yours, or unset it" || return
+  done
+}
+
+# PBS sets OMP_NUM_THREADS to all CPUs of a node, 192, and nproc obeys it. 16 is one GPU's share of an ABCI node.
+_env_threads() {
+  local cpus
+  if [[ -n ${PBS_ENVIRONMENT:-} || -z ${OMP_NUM_THREADS:-} ]]; then # else a user set it
+    cpus=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) || cpus=1
+    if [[ ${NCPUS:-} =~ ^[1-9][0-9]*$ ]] && ((NCPUS < cpus)); then cpus=$NCPUS; fi
+    export OMP_NUM_THREADS=$((cpus < 16 ? cpus : 16))
+  fi
+  export RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-$OMP_NUM_THREADS} # the fast tokenizers' threads
+  export MAX_JOBS=${MAX_JOBS:-$OMP_NUM_THREADS}                   # compilers at once when an extension is built
+}
+
+# _env_venv DIRECTORY-OF-THIS-FILE: activate the virtual environment; sets _env_python to its version.
+_env_venv() {
+  local make="bash $1/setup_venv.sh"
+  [[ -f $VENV/bin/activate ]] || _env_error "no virtual environment at $VENV. Make it: $make (or set VENV)" || return
+  _env_python=$("$VENV/bin/python" -c 'import platform; print(platform.python_version())' 2>&1) ||
+    _env_error "the Python of $VENV does not start ($(tail -1 <<<"$_env_python")). Set PYTHON_MODULE to the one it" \
+      "was made with, or make it anew: rm -r $VENV && $make" || return
+  # shellcheck disable=SC1091
+  source "$VENV/bin/activate"
+}
+
+_env_main() {
+  local here modules _env_python=""
+  here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || return
+  umask 027 # PBS's is 077: your group could not read what a job writes
+  PYTHON_MODULE=${PYTHON_MODULE-python/3.12/3.12.9}
+  CUDA_MODULE=${CUDA_MODULE-cuda/13.0/13.0.1} # the torch wheel's, python -c "import torch; print(torch.version.cuda)"
+  VENV=${VENV:-${here%/*}/.venv}
+  export PYTHONUNBUFFERED=1 # a line is in the log when it is printed
+  _env_modules && _env_caches && _env_threads || return
+  [[ ${NEED_VENV:-yes} == no ]] || _env_venv "$here" || return
+  modules="${PYTHON_MODULE:-none}${CUDA_MODULE:+ $CUDA_MODULE}"
+  echo "env       ${_env_python:+python $_env_python ($VENV), }modules $modules," \
+    "cache $CACHE_ROOT, build cache $BUILD_CACHE, $OMP_NUM_THREADS threads"
+}
+
+_env_main
