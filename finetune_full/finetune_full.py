@@ -93,12 +93,14 @@ class FineTuningArguments(TrainingArguments):
         self.disable_tqdm = True  # a batch log wants lines, not a redrawn bar
         self.remove_unused_columns = False  # the collator chooses
         self.dataloader_pin_memory &= torch.cuda.is_available()
+        self.ddp_find_unused_parameters = bool(self.ddp_find_unused_parameters)
 
 
 def main(argv=None):
     script, training, given = parse(argv)
     disable_progress_bars()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     check_arguments(script, training)
     resume = find_resume_point(script, training, given)
     tokenizer, max_length = load_tokenizer(script)
@@ -361,7 +363,8 @@ def collate(rows, packed=False):
     """Right-padded batch without attention mask (causal attention never looks right), logits only where loss is.
 
     `logits_to_keep` (rows x tokens, bool) marks the positions whose next token is learned, `shift_labels` (1-D) holds
-    those tokens. In packed rows the positions start again with each example, which keeps the examples apart.
+    those tokens. In packed rows the positions start again with each example, which keeps the examples apart
+    (the padding behind them is at position 0: a start of its own each).
     """
     rows = [row if isinstance(row, list) else [row] for row in rows]
     width = max(sum(len(example["input_ids"]) for example in row) for row in rows)
@@ -377,7 +380,6 @@ def collate(rows, packed=False):
             )  # nothing predicts an example's first token
             positions[r, start:end] = torch.arange(end - start)
             start = end
-        positions[r, start:] = torch.arange(width - start)
     keep = labels[:, 1:] != -100
     tokens = sum(len(example["input_ids"]) for row in rows for example in row if example["labels"] != [-100])
     batch = {
@@ -476,9 +478,10 @@ class FineTuner(Trainer):
         return output
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length" or isinstance(self.train_dataset, Rows):
+        if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        return EpochSampler(self, list(self.train_dataset["length"]))
+        packed = isinstance(self.train_dataset, Rows)  # packed rows are all alike: their order is random
+        return EpochSampler(self, [1] * len(self.train_dataset) if packed else list(self.train_dataset["length"]))
 
     def save_model(self, output_dir=None, _internal_call=False):
         self.model.config.use_cache = True  # switched off for training; whoever loads the result wants it
@@ -643,7 +646,8 @@ def choose_precision(args):
         if wanted == "fp16":
             fail("--precision fp16 needs a GPU. On a CPU use fp32 or bf16.")
         precision, reason = ("bf16", "as asked") if wanted == "bf16" else ("fp32", "no GPU in use")
-        args.use_cpu |= precision == "bf16" and not args.deepspeed  # without it Trainer refuses bf16 on a CPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which Trainer imports, would guess and warn
+        args.use_cpu |= not args.deepspeed  # without it Trainer takes several CPU processes for one, and refuses bf16
     args.bf16, args.fp16 = precision == "bf16", precision == "fp16"
     return precision, reason
 
