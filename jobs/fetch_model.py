@@ -42,9 +42,7 @@ def explain(error: Exception, model: str) -> None:
     if isinstance(error, errors.RevisionNotFoundError):
         fail(f"{model} has no such revision ({reason}). Look at the names on its page at the hub")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        fail(
-            f"no directory {model} here and no such model at the hub, or a private one. Look at the spelling, or: hf auth login"
-        )
+        fail(f"{model} is no directory here and no model at the hub, or private. Look at the name; or hf auth login")
     if isinstance(error, errors.LocalEntryNotFoundError | OSError | errors.HfHubHTTPError):
         if getattr(error, "errno", None) in (28, 122):  # ENOSPC, EDQUOT
             fail(f"the disk is full ({error}). Make room (on ABCI: show_quota) and type the same again")

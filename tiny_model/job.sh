@@ -6,7 +6,7 @@
 #PBS -l walltime=0:30:00
 #PBS -j oe
 #PBS -k oed
-# PBS runs a copy of this file from its spool; by hand, $0 tells the directory.
+# A job is a copy of this file in the spool of PBS; by hand, $0 tells the directory.
 if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$(dirname "$0")"; fi || exit 2
 [[ -f ../jobs/env.sh && -f make_tiny_model.py ]] ||
   { echo "error: no make_tiny_model.py and ../jobs/env.sh in $PWD. Submit from this job file's directory" >&2; exit 2; }
