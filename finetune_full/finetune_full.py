@@ -31,7 +31,7 @@ from typing import Literal
 
 import torch
 import yaml
-from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars, load_dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -296,7 +296,9 @@ def load_examples(name, source, tokenizer, max_length):
     stat = Path(source).stat() if isinstance(source, str) else None
     key = f"{stat and (stat.st_mtime_ns, stat.st_size)} {Path(__file__).read_text(encoding='utf-8')}"  # a list = shards
     arguments = {"source": source, "tokenizer": tokenizer, "max_length": max_length, "cache_key": key}
-    data = Dataset.from_generator(generate_examples, gen_kwargs=arguments)
+    ids, text, number = List(Value("int32")), Value("string"), Value("int32")
+    columns = {"input_ids": ids, "labels": ids, "length": number, "outcome": text, "shape": text}
+    data = Dataset.from_generator(generate_examples, Features(columns), gen_kwargs=arguments)
     outcome = list(data["outcome"])
     kept = data.select([i for i, o in enumerate(outcome) if o != "dropped"])
     if not len(kept):

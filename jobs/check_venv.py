@@ -107,8 +107,10 @@ def own_report(command: list[str], good: str, bad: str) -> tuple[bool, str]:
 
 def check_reports() -> list[tuple[str, str, bool, str]]:
     """Rows for bitsandbytes' and DeepSpeed's own reports, and for torch against the driver."""
-    import torch
-
+    try:
+        import torch
+    except Exception as error:  # a torch that is missing or broken is a finding, and nothing else can be asked then
+        return [("torch CUDA", "-", False, f"torch does not import: {error}")]
     driver, gpus = driver_cuda(), torch.cuda.device_count()
     ok, remark = versions_fit(torch.version.cuda, driver)
     if driver and ok:
