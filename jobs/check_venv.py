@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 # Import name where it is not the package's name.
-IMPORT_NAMES = {"protobuf": "google.protobuf"}
+IMPORT_NAMES = {"protobuf": "google.protobuf", "pyyaml": "yaml"}
 
 
 def read_pins(path: Path) -> dict[str, str]:

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs all tests: bash run_tests.sh [arguments for pytest]. Installs first what they need, into .venv (VENV=DIR: elsewhere).
+set -uo pipefail
+cd "$(dirname "$0")" || exit 2
+# A broken environment is mended by setup_venv.sh; where nothing changed it is a matter of seconds.
+bash jobs/setup_venv.sh || exit
+VENV=${VENV:-$PWD/.venv}
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt || exit
+if ! command -v shellcheck >/dev/null; then
+  echo "shellcheck is not installed; trying apt-get" >&2
+  { apt-get install -y -qq shellcheck || { apt-get update -qq && apt-get install -y -qq shellcheck; }; } >/dev/null 2>&1
+fi
+
+status=0
+step() { echo "== $1" && shift && "$@" || status=1; }
+step "ruff check" "$VENV/bin/ruff" check .
+step "ruff format" "$VENV/bin/ruff" format --check .
+mapfile -t scripts < <(git ls-files '*.sh' .ci/run)
+if command -v shellcheck >/dev/null; then
+  step "shellcheck" shellcheck -x "${scripts[@]}"
+else
+  echo "error: shellcheck could not be installed. As root: apt-get install shellcheck" >&2
+  status=1
+fi
+step "copies" "$VENV/bin/python" tests/check_copies.py
+step "pytest" "$VENV/bin/python" -m pytest "$@"
+exit "$status"
