@@ -8,9 +8,11 @@ which has no GPU, the last one can only be half answered: run it once in a GPU j
 """
 
 import argparse
+import contextlib
 import ctypes
 import importlib
 import importlib.metadata
+import io
 import os
 import re
 import subprocess
@@ -53,7 +55,9 @@ def check_packages(pins: dict[str, str]) -> list[tuple[str, str, bool, str]]:
             rows.append((package, version or "-", False, f"requirements.txt wants {pin}"))
             continue
         try:
-            importlib.import_module(IMPORT_NAMES.get(package, package).replace("-", "_"))
+            # DeepSpeed says a good deal while it is imported; its own report below says it better.
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                importlib.import_module(IMPORT_NAMES.get(package, package).replace("-", "_"))
         except Exception as error:  # whatever an import can raise is this row's finding
             remark = f"does not import: {type(error).__name__}: {' '.join(str(error).split())[:90]}"
             rows.append((package, version, False, remark))

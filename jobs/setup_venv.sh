@@ -33,7 +33,7 @@ if ! "$VENV/bin/python" check_venv.py --pins >/dev/null; then
   echo "install   ${PWD%/*}/requirements.txt (some minutes; torch for a GPU is several GB)"
   log=$BUILD_CACHE/pip.log
   "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off -r ../requirements.txt 2>&1 |
-    tee "$log" | grep --line-buffered -E '^(Collecting|Installing|Successfully|ERROR|WARNING: Retrying)'
+    tee "$log" | grep --line-buffered -oE '^(Collecting [^ ]+|Installing collected packages|WARNING: Retrying)'
   if ((PIPESTATUS[0] != 0)); then
     if grep -qE 'No space left|Disk quota exceeded' "$log"; then
       fail "the disk is full (df -h $VENV; on ABCI: show_quota). Make room, or set VENV and CACHE_ROOT to another place"
