@@ -254,6 +254,12 @@ def test_interrupted_equals_uninterrupted(script, checkpoints, train_file, tmp_p
             assert results(cut)["steps"] == 7  # a run that had finished does not get one step more
             assert same_weights(whole, cut)
             assert results(cut)["train_loss"] == pytest.approx(results(whole)["train_loss"], abs=1e-9)
+    # finished within the first epoch, then cut off
+    short = [*common, "--max_steps", "2", "--output_dir", str(tmp_path / "short")]
+    script.main(short)
+    (tmp_path / "short" / "all_results.json").unlink()
+    script.main(short)
+    assert results(tmp_path / "short")["steps"] == 2
 
 
 def test_a_finished_or_other_run_is_not_touched(script, checkpoints, tmp_path, capsys):
@@ -402,6 +408,7 @@ BAD_ARGUMENTS = {
     "fp16 on CPU": (["--precision", "fp16"], "fp16 needs a GPU"),
     "contradiction": (["--precision", "fp32", "--bf16", "true"], "contradict each other"),
     "output": (["--output_dir", "/dev/null/x"], "cannot be written"),
+    "onto the model": (["--model_name_or_path", "same", "--output_dir", "./same"], "the model would be overwritten"),
     "report_to": (["--report_to", "wandb"], "pip install wandb"),
     "early stopping": (["--early_stopping_patience", "1"], "needs --validation_file"),
     "checkpoint": (["--resume_from_checkpoint", "nowhere"], "is no complete checkpoint"),
