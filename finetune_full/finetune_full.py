@@ -321,6 +321,10 @@ def load_data(script, training, tokenizer, max_length):
             except (OSError, ValueError) as error:
                 fail(f"--dataset_name {script.dataset_name} cannot be loaded: {error}")
             sources = {name: sources[name] or hub.get(name) for name in sources}
+            if sources["train"] is None or (training.eval_strategy != "no" and sources["validation"] is None):
+                fail(
+                    f"--dataset_name {script.dataset_name} has only {', '.join(hub)}: train and validation are needed."
+                )
         return {n: load_examples(n, s, tokenizer, max_length) for n, s in sources.items() if s is not None}
 
 
@@ -600,7 +604,7 @@ def draw_loss(history, path):
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+    for name, label, style in (("loss", "training", ".-"), ("eval_loss", "validation", "o--")):
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=label)
     axes.set(xlabel="step", ylabel="loss per learned token (nats)", title=f"{path.parent.resolve().name}: loss")
@@ -656,7 +660,9 @@ def parse(argv):
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         argv = read_settings(argv[0]) + argv[1:]
-    parser = HfArgumentParser((ScriptArguments, FineTuningArguments), description=__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(
+        (ScriptArguments, FineTuningArguments), description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.parse_args(argv)  # argparse's own one-line error for a misspelt name
     try:
         script, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
@@ -698,12 +704,16 @@ def check_arguments(script, training):
     for package in training.report_to:
         if find_spec(package) is None:
             fail(f"--report_to {package}: the package is not installed. Type: pip install {package}")
+    if training.label_smoothing_factor:
+        fail("--label_smoothing_factor does not work with logits computed only where the loss is. Leave it out.")
     if script.early_stopping_patience is not None:
-        if script.validation_file is None and script.dataset_name is None:
-            fail("--early_stopping_patience needs --validation_file: nothing would ever stop the run.")
+        if training.save_strategy == "no":
+            fail("--early_stopping_patience keeps the best checkpoint: it needs --save_strategy steps or epoch.")
         training.eval_strategy, training.eval_steps = training.save_strategy, training.save_steps
         training.load_best_model_at_end, training.metric_for_best_model = True, "loss"
         training.greater_is_better = False
+    if training.eval_strategy != "no" and script.validation_file is None and script.dataset_name is None:
+        fail("an evaluation during training (--eval_strategy, --early_stopping_patience) needs --validation_file.")
     if training.n_gpu > 1:
         fail(f"one process but {training.n_gpu} GPUs. Type: torchrun --standalone --nproc_per_node {training.n_gpu} "
              f"{sys.argv[0]} ..., or put CUDA_VISIBLE_DEVICES=0 before python for one GPU.")  # fmt: skip
