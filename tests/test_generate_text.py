@@ -1,0 +1,627 @@
+"""generate_text.py against plain forward passes, its own restarts, and bad input."""
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CONFIGS, ROOT, ROWS, make_checkpoint, make_tokenizer, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+SCRIPT = ROOT / "generate_text" / "generate_text.py"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script, finetune = load(SCRIPT), load(ROOT / "finetune_full" / "finetune_full.py")
+
+
+def run(*arguments):
+    """main() with keyword-like arguments; returns its exit code."""
+    try:
+        script.main([str(argument) for argument in arguments])
+    except SystemExit as leave:
+        return leave.code
+    return 0
+
+
+def run_file(model, prompts, output, *more, tokens=8):
+    return run("--model_name_or_path", model, "--prompt_file", prompts, "--output_file", output,
+               "--max_new_tokens", tokens, *more)  # fmt: skip
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+@torch.no_grad()
+def greedy(model, ids, count, stops, positions=64):
+    """The likeliest next token, one whole forward pass each: no cache, no padding, no generate()."""
+    new = []
+    while len(new) < count and len(ids) + len(new) < positions:
+        token = int(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax())
+        if token in stops:
+            break
+        new.append(token)
+    return new
+
+
+def expected(directory, rows, count, adapter=None, positions=64):
+    """Greedy answers to prompt rows, from the raw text on."""
+    model = adapter or AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    eos = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    return [tokenizer.decode(greedy(model, ids, count, stops, positions), skip_special_tokens=True) for ids in prompts]
+
+
+# ---- Prompts ----
+
+OWN_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+CONVERSATION = [
+    {"role": "system", "content": "短く答える。"},
+    {"role": "user", "content": "空は?"},
+    {"role": "assistant", "content": "青い"},
+    {"role": "user", "content": "では海は?"},
+    {"role": "assistant", "content": "もっと青い"},
+]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("template", [None, OWN_TEMPLATE])
+def test_prompt_has_the_ids_it_had_in_training(tmp_path, bos, template):
+    tokenizer = make_tokenizer(bos)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    CONFIGS["llama"](300).save_pretrained(tmp_path)
+    args = SimpleNamespace(model_name_or_path=str(tmp_path), base=str(tmp_path), trust_remote_code=False)
+    tokenizer, _ = script.load_tokenizer(args)
+    trained, _ = finetune.load_tokenizer(SimpleNamespace(**vars(args), max_length=None, packing_length=None))
+    assert tokenizer.chat_template == trained.chat_template
+    rows = [
+        ROWS[0],
+        {"prompt": "語 ", "completion": " 語"},
+        {"instruction": "訳せ", "input": "", "output": "translate"},
+        {"instruction": "訳せ", "input": "空", "output": "sky"},
+        {"messages": CONVERSATION[1:3]},
+        {"messages": CONVERSATION},
+    ]
+    for row in rows:
+        shape = finetune.find_shape("row", row)
+        ((ids, labels, outcome),) = finetune.encode_row(trained, "row", row, shape, 1000)
+        last = max(i for i, label in enumerate(labels) if label == -100) + 1  # where the last answer begins
+        if shape != "prompt":
+            while labels[-1] == -100:  # what the template puts behind the answer
+                ids, labels = ids[:-1], labels[:-1]
+            last = max(i for i, label in enumerate(labels) if label == -100) + 1
+        prompt = script.encode_prompt(tokenizer, "row", shape, row)
+        assert outcome == "kept" and prompt == ids[:last]
+        assert prompt.count(1) == int(bos or (template is not None and shape != "prompt"))
+    unanswered = [{"prompt": "語 "}, {"messages": CONVERSATION[:-1]}]
+    for row, whole in zip(unanswered, (rows[1], rows[-1]), strict=True):
+        shape = finetune.find_shape("row", whole)
+        assert script.encode_prompt(tokenizer, "", shape, row) == script.encode_prompt(tokenizer, "", shape, whole)
+
+
+def test_template_that_rewrites_earlier_turns_is_used_as_it_is():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}>"
+    row = {"messages": CONVERSATION}
+    ids = script.encode_prompt(tokenizer, "row", "messages", row)
+    assert tokenizer.decode(ids) == "4短く答える。3空は?2青い1では海は?>"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "prompts"),
+    [
+        ("a.txt", "空 \n\n  \n\u2028海\r\n山", ["空 ", "\u2028海", "山"]),
+        ("a.txt", '\ufeff{"prompt": "空"}\n{"prompt": "海", "completion": null}', ["空", "海"]),
+        ("noname", '[\n {"prompt": "空"}]', ["空"]),
+        ("noname", "[問] 空\n{山}", ["[問] 空", "{山}"]),
+        ("a.json", '[{"prompt": "空", "completion": 1}]'.replace("1", '"青"'), ["空"]),
+    ],
+)
+def test_kinds_of_prompt_file(tmp_path, name, text, prompts):
+    (tmp_path / name).write_bytes(text.encode())
+    args = SimpleNamespace(prompt_file=str(tmp_path / name), prompt=None)
+    assert [row["prompt"] for _, row in script.read_places(args)] == prompts
+
+
+def test_fields_and_order_are_kept_whatever_the_answer_column(tmp_path, checkpoints):
+    from datasets import Dataset
+
+    rows = [{"id": i, "instruction": "問" * (7 - i % 7), "gold": {"a": [i, "\ud800"]}} for i in range(9)]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_file(checkpoints["llama"], prompts, tmp_path / "new" / "out.jsonl", "--batch_size", 4) == 0
+    found = read_jsonl(tmp_path / "new" / "out.jsonl")
+    assert [{k: v for k, v in row.items() if k != "generated_text"} for row in found] == rows
+    assert all(isinstance(row["generated_text"], str) for row in found)
+    Dataset.from_list([{"prompt": row["instruction"], "id": row["id"]} for row in rows]).to_parquet(
+        tmp_path / "p.parquet"
+    )
+    assert run_file(checkpoints["llama"], tmp_path / "p.parquet", tmp_path / "parquet.jsonl") == 0
+    assert [row["id"] for row in read_jsonl(tmp_path / "parquet.jsonl")] == list(range(9))
+
+
+# ---- Answers ----
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_batched_equals_one_by_one(tmp_path, checkpoints, train_file, kind):
+    """Also for the prompt of 58 of 64 positions, whose answer has room for 6 of the 8 tokens, beside a shorter one."""
+    lengths = []
+    original = script.generate
+    try:
+        script.generate = lambda *a, **k: (lengths.append(len(a[3])), original(*a, **k))[1]
+        assert run_file(checkpoints[kind], train_file, tmp_path / "out.jsonl", "--batch_size", 4) == 0
+    finally:
+        script.generate = original
+    assert max(lengths) == 4
+    found = [row["generated_text"] for row in read_jsonl(tmp_path / "out.jsonl")]
+    assert found == expected(checkpoints[kind], ROWS, 8)
+
+
+def test_each_answer_has_the_room_its_own_prompt_leaves(tmp_path, checkpoints, train_file):
+    assert run_file(checkpoints["mpt"], train_file, tmp_path / "out.jsonl", "--batch_size", 4, tokens=40) == 0
+    found = [row["generated_text"] for row in read_jsonl(tmp_path / "out.jsonl")]
+    assert found == expected(checkpoints["mpt"], ROWS, 40)
+
+
+def test_longest_first():
+    args = SimpleNamespace(batch_size=2, max_new_tokens=4, positions=10)
+    prompts = [[0] * n for n in (2, 8, 3, 8, 5, 7, 8)]
+    assert script.make_batches(args, prompts) == [[1, 3], [6], [5], [4, 2], [0]]
+
+
+def test_prompt_prints_the_answer_alone(capsys, checkpoints):
+    assert run("--model_name_or_path", checkpoints["qwen3"], "--prompt", ROWS[1]["prompt"], "--max_new_tokens", 8) == 0
+    out, report = capsys.readouterr()
+    assert out == expected(checkpoints["qwen3"], ROWS[1:2], 8)[0] + "\n"
+    for name in ("model", "device", "prompts", "example", "tokens"):
+        assert f"\n{name} " in "\n" + report
+
+
+def test_same_seed_same_draws_also_in_batches_and_after_a_restart(tmp_path, checkpoints, train_file):
+    def answers(name, *more):
+        arguments = ("--do_sample", "--temperature", 1.5, "--top_p", 0.9, "--batch_size", 2, *more)
+        assert run_file(checkpoints["llama"], train_file, tmp_path / name, *arguments) == 0
+        return read_jsonl(tmp_path / name)
+
+    first = answers("a", "--seed", 1)
+    assert answers("b", "--seed", 1) == first != answers("c", "--seed", 2)
+    assert answers("d", "--seed", 1, "--temperature", 0.01, "--top_p", 1) != first
+    (tmp_path / "b").rename(tmp_path / "b.partial")  # as if killed: the second batch was written half
+    lines = [json.dumps([i, {"generated_text": first[i]["generated_text"]}]) for i in (2, 0, 4)]
+    (tmp_path / "b.partial").write_text("\n".join(lines) + '\n[3, {"gener')
+    assert answers("b", "--seed", 1) == first
+
+
+def test_cold_sampling_is_greedy(tmp_path, checkpoints, train_file):
+    arguments = ("--do_sample", "true", "--temperature", 1e-5)
+    assert run_file(checkpoints["gpt2"], train_file, tmp_path / "out.jsonl", *arguments) == 0
+    assert [r["generated_text"] for r in read_jsonl(tmp_path / "out.jsonl")] == expected(checkpoints["gpt2"], ROWS, 8)
+
+
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory):
+    """ending(token) makes a model whose third token is `token`; returns (directory, the answer up to there)."""
+
+    def make(token, template=None, eos_in_config=False):
+        directory = tmp_path_factory.mktemp("ending")
+        tokenizer = make_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["### End", "<|im_end|>", "<|stop|>"]})
+        tokenizer.chat_template = template
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(CONFIGS["llama"](len(tokenizer)))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(token) if eos_in_config else None
+        ids = tokenizer("質問", add_special_tokens=False)["input_ids"]
+        if template:
+            ids = tokenizer("Q質問A", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            new = greedy(model, ids, 3, {})
+            assert new[2] not in new[:2]
+            row = model.lm_head.weight
+            row[tokenizer.convert_tokens_to_ids(token)] = 1.01 * row[new[2]]  # whose logit was the largest
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return directory, tokenizer.decode(new[:2])
+
+    return make
+
+
+CHATML = (
+    "{% for m in messages %}{{ 'Q' + m.content if m.role == 'user' else 'A' + m.content + '<|im_end|>' }}{% endfor %}"
+)
+CHATML += "{% if add_generation_prompt %}A{% endif %}"
+
+
+@pytest.mark.parametrize("token", ["<|endoftext|>", "### End", "<|stop|>"])
+def test_stops(capsys, ending, token):
+    directory, answer = ending(token, eos_in_config=token == "<|stop|>")
+    assert run("--model_name_or_path", directory, "--prompt", "質問", "--max_new_tokens", 8) == 0
+    assert capsys.readouterr().out == answer + "\n"
+
+
+def test_stops_at_the_end_of_a_turn_only_in_chats(capsys, monkeypatch, ending, tmp_path):
+    directory, answer = ending("<|im_end|>", CHATML)
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"instruction": "質問"}])
+    assert run_file(directory, prompts, tmp_path / "out.jsonl") == 0
+    assert read_jsonl(tmp_path / "out.jsonl")[0]["generated_text"] == answer
+    monkeypatch.setattr(sys, "stdin", io.StringIO("質問\n"))
+    capsys.readouterr()
+    assert run("--model_name_or_path", directory, "--chat", "--max_new_tokens", 8) == 0
+    assert capsys.readouterr().out == answer + "\n"
+    assert run("--model_name_or_path", directory, "--prompt", "Q質問A", "--max_new_tokens", 8) == 0
+    longer = capsys.readouterr().out
+    assert longer.startswith(answer) and longer != answer + "\n"
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_completions_come_back_exactly(bos):
+    tokenizer = make_tokenizer(bos)
+    texts = [row["completion"] for row in ROWS] + [" a . b , it 's !", "\n二行\n", "鬱😀", "全角　空白  ", "１２３ｱｲｳ"]
+    args = SimpleNamespace(compare_base=False, seed=0, max_new_tokens=99, positions=99)
+    completions = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    width = max(map(len, completions)) + 1
+    ends = [ids + [0] * (width - len(ids)) for ids in completions]  # EOS, then padding with the same id
+    model = SimpleNamespace(
+        device="cpu",
+        generation_config=GenerationConfig(eos_token_id=[0], pad_token_id=0),
+        generate=lambda input_ids, **_: torch.cat([input_ids, torch.tensor(ends)], 1),
+    )
+    results, tokens, cut = script.generate(args, model, tokenizer, [[5] * (1 + i) for i in range(len(texts))])
+    assert [result["generated_text"] for result in results] == texts
+    assert (tokens, cut) == (sum(map(len, completions)), 0)
+
+
+def test_fine_tuned_answers_come_back(tmp_path, checkpoints):
+    """Training and generation see the same prompt: what was learned by heart is given back, to the EOS."""
+    rows = [row for row in ROWS if len(row["prompt"] + row["completion"]) < 30]  # that fit into 64 tokens
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
+    arguments = "--num_train_epochs 80 --learning_rate 1e-2 --per_device_train_batch_size 8 --save_strategy no"
+    arguments += " --lr_scheduler_type constant --use_cpu true --seed 1"
+    finetune.main(["--model_name_or_path", checkpoints["llama"], "--train_file", train, "--output_dir",
+                   str(tmp_path / "model"), *arguments.split()])  # fmt: skip
+    assert run_file(tmp_path / "model", train, tmp_path / "out.jsonl", tokens=30) == 0
+    found = read_jsonl(tmp_path / "out.jsonl")
+    assert [row["generated_text"] for row in found] == [row["completion"] for row in rows] and len(rows) > 3
+
+
+# ---- Chat ----
+
+
+def test_chat_remembers_what_was_said(capsys, monkeypatch, tmp_path):
+    config = CONFIGS["llama"]
+    monkeypatch.setitem(
+        CONFIGS, "llama", lambda v: config(v).__class__(**{**config(v).to_dict(), "max_position_embeddings": 512})
+    )
+    directory = make_checkpoint(tmp_path / "model", "llama")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("空は?\n\n  海は?\nexit\n山は?\n"))
+    assert run("--model_name_or_path", directory, "--chat", "--max_new_tokens", 6) == 0
+    first, second = capsys.readouterr().out.removesuffix("\n").split("\n")
+    turns = [{"role": "user", "content": "空は?"}, {"role": "assistant", "content": first},
+             {"role": "user", "content": "海は?"}]  # fmt: skip
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"messages": turns[:1]}, {"messages": turns}])
+    assert run_file(directory, prompts, tmp_path / "out.jsonl", tokens=6) == 0
+    assert [row["generated_text"] for row in read_jsonl(tmp_path / "out.jsonl")] == [first, second]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("空は?\n海は?\n"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)  # streamed, and the same
+    capsys.readouterr()
+    assert run("--model_name_or_path", directory, "--chat", "--max_new_tokens", 6) == 0
+    assert capsys.readouterr().out == f"{first}\n{second}\n"
+
+
+def test_chat_goes_on_when_the_positions_are_full(capsys, monkeypatch, checkpoints):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("空\n海\n" + "山" * 99 + "\n川\n"))
+    assert run("--model_name_or_path", checkpoints["gpt2"], "--chat", "--max_new_tokens", 9) == 0
+    out, report = capsys.readouterr()
+    assert "forgotten  空" in report and "too long" in report and out.count("\n") >= 3
+
+
+# ---- Restarting ----
+
+
+def test_killed_and_started_again(tmp_path, checkpoints):
+    """Copied alone into an empty folder, killed in mid-run and mid-line, started again: as if nothing had happened."""
+    rows = [{"prompt": ROWS[i % 7]["prompt"][: 10 + i % 9], "id": i} for i in range(200)]
+    prompts, output = write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
+    partial = tmp_path / "out.jsonl.partial"
+    (tmp_path / "empty").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "empty")
+    command = [sys.executable, "generate_text.py", "--model_name_or_path", checkpoints["llama"], "--prompt_file",
+               prompts, "--output_file", str(output), "--max_new_tokens", "20", "--batch_size", "1"]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path / "empty", stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": ""}
+    )
+    deadline = time.time() + 120
+    while not partial.exists() or partial.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    before = partial.read_bytes()
+    partial.write_bytes(before + b'[7, {"generated_text": "half a li')
+    done, asked, original = before.count(b"\n"), [], script.generate
+    try:
+        script.generate = lambda *a, **k: (asked.extend(a[3]), original(*a, **k))[1]
+        assert run_file(checkpoints["llama"], prompts, output, "--batch_size", 50, tokens=20) == 0
+    finally:
+        script.generate = original
+    assert 3 <= done < 200 and len(asked) == 200 - done
+    found = read_jsonl(output)
+    assert [row["id"] for row in found] == list(range(200)) and not partial.exists()
+    assert [row["generated_text"] for row in found[::9]] == expected(checkpoints["llama"], rows[::9], 20)
+
+
+@pytest.fixture
+def finished(tmp_path, checkpoints):
+    shutil.copytree(checkpoints["llama"], tmp_path / "model")
+    prompts, output = write_jsonl(tmp_path / "p.jsonl", ROWS), tmp_path / "out.jsonl"
+    assert run_file(tmp_path / "model", prompts, output) == 0
+    return tmp_path, prompts, output
+
+
+def test_finished_is_said_and_nothing_loaded(finished, capsys, monkeypatch):
+    tmp_path, prompts, output = finished
+    before = output.read_bytes()
+    monkeypatch.setattr(script, "load_model", lambda *_: pytest.fail("loaded"))
+    assert run_file(tmp_path / "model", prompts, output, "--batch_size", 3, "--device_map", "cpu") == 0
+    assert "finished" in capsys.readouterr().err and output.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["tokens", "sampling", "prompts", "model", "foreign", "itself"])
+@pytest.mark.parametrize("state", ["finished", "interrupted"])
+def test_other_settings_are_never_mixed(finished, capsys, change, state):
+    tmp_path, prompts, output = finished
+    if state == "interrupted":
+        output.unlink()
+        output = output.with_name("out.jsonl.partial")
+        output.write_text(json.dumps([0, {"generated_text": "x"}]) + "\n")
+    if change == "prompts":
+        write_jsonl(Path(prompts), ROWS[:-1])
+    if change == "model":
+        weights = tmp_path / "model" / "model.safetensors"
+        os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    if change == "foreign":
+        (tmp_path / "out.jsonl.settings.json").unlink()
+    target = prompts if change == "itself" else tmp_path / "out.jsonl"
+    before, files = output.read_bytes(), sorted(tmp_path.iterdir())
+    more = ["--do_sample"] if change == "sampling" else []
+    assert run_file(tmp_path / "model", prompts, target, *more, tokens=9 if change == "tokens" else 8) == 2
+    assert "holds other answers" in capsys.readouterr().err
+    assert output.read_bytes() == before and sorted(tmp_path.iterdir()) == files
+
+
+# ---- Models ----
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, checkpoints):
+    """(adapter directory, its base): a LoRA with weights that change the answers; the base has a relative path."""
+    from peft import LoraConfig, get_peft_model
+
+    root = tmp_path_factory.mktemp("adapter")
+    shutil.copytree(checkpoints["llama"], root / "base")
+    torch.manual_seed(5)
+    settings = LoraConfig(
+        r=4, lora_alpha=32, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), settings)
+    model.save_pretrained(root / "adapter")
+    set_base(root / "adapter", "../base")
+    return root / "adapter", root / "base", model.merge_and_unload()
+
+
+def set_base(directory, base):
+    record = directory / "adapter_config.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"base_model_name_or_path": base}))
+
+
+def test_adapter_beside_its_base(tmp_path, capsys, adapter, train_file, monkeypatch):
+    directory, base, merged = adapter
+    assert run_file(directory, train_file, tmp_path / "out.jsonl", "--compare_base", "true") == 0
+    found = read_jsonl(tmp_path / "out.jsonl")
+    with_adapter, without = expected(base, ROWS, 8, merged), expected(base, ROWS, 8)
+    assert with_adapter != without
+    assert [row["generated_text"] for row in found] == with_adapter
+    assert [row["base_generated_text"] for row in found] == without
+    capsys.readouterr()
+    assert run("--model_name_or_path", directory, "--prompt", ROWS[0]["prompt"], "--max_new_tokens", 8,
+               "--compare_base") == 0  # fmt: skip
+    assert capsys.readouterr().out == f"--- generated_text\n{with_adapter[0]}\n--- base_generated_text\n{without[0]}\n"
+    for start, name in ((tmp_path, "base"), (base.parent, "base")):  # below the adapter's parent, then where we stand
+        monkeypatch.chdir(start)
+        set_base(directory, name)
+        assert Path(script.find_base(str(directory))).samefile(base)
+    set_base(directory, "../base")
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised(capsys, checkpoints, kind, bits):
+    arguments = ("--prompt", ROWS[0]["prompt"], "--max_new_tokens", 4, f"--load_in_{bits}bit")
+    assert run("--model_name_or_path", checkpoints[kind], *arguments) == 0
+    layers = {"llama": 14, "falcon": 8}[kind]  # two blocks of seven and of four
+    assert f"{layers} layers quantised" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted", "result"),
+    [((9, 0), "auto", "bf16"), ((7, 0), "auto", "fp16"), ((7, 0), "fp32", "fp32"), ((7, 0), "bf16", None)],
+)
+def test_precision_of_gpus(monkeypatch, capability, wanted, result):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: capability if i else (9, 0))
+    args = SimpleNamespace(precision=wanted, device_map=None)
+    if result is None:
+        with pytest.raises(SystemExit):
+            script.choose_precision(args)
+    else:
+        assert script.choose_precision(args) == (result, "compute capability {}.{}".format(*capability))
+
+
+def test_a_driver_without_a_visible_gpu_is_no_cpu_node(monkeypatch, capsys):
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidiactl" or exists(path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(SystemExit) as leave:
+        script.choose_precision(SimpleNamespace(precision="auto", device_map=None))
+    assert leave.value.code == 2 and torch.__version__ in capsys.readouterr().err
+    assert script.choose_precision(SimpleNamespace(precision="auto", device_map="cpu"))[0] == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "auto"])
+def test_weights_have_the_precision(checkpoints, precision):
+    args = script.parse(["--model_name_or_path", checkpoints["gpt2"], "--precision", precision])
+    args.base = args.model_name_or_path
+    model = script.load_model(args, script.choose_precision(args)[0])
+    assert model.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+# ---- Bad input ----
+
+FILES = {
+    "empty.jsonl": b"",
+    "empty.txt": b" \n\n",
+    "broken.jsonl": '{"prompt": "空"}\n{"prompt": '.encode(),
+    "sjis.txt": "空は?\n".encode("cp932"),
+    "sjis.jsonl": '{"prompt": "空"}\n'.encode("cp932"),
+    "columns.jsonl": b'{"question": "a", "reply": "b"}',
+    "text.jsonl": b'{"text": "a"}',
+    "string.jsonl": b'"a"\n',
+    "number.jsonl": b'{"prompt": 3}',
+    "null.jsonl": b'{"prompt": "a"}\n{"prompt": null}',
+    "turns.jsonl": b'{"messages": [{"role": "user"}]}',
+    "no_turn.jsonl": b'{"messages": [{"role": "assistant", "content": "a"}]}',
+    "mixed.jsonl": b'{"prompt": "a"}\n{"instruction": "a", "output": "b"}',
+    "surrogate.jsonl": b'{"prompt": "\\ud800"}',
+    "long.jsonl": ('{"prompt": "a"}\n' * 2 + '{"prompt": "' + "b " * 70 + '"}\n').encode(),
+    "blank.jsonl": b'{"prompt": "a"}\n{"prompt": ""}',
+    "good.jsonl": b'{"prompt": "a"}',
+}
+ONE = "--model_name_or_path {gpt2} --prompt a "
+GOOD = "--model_name_or_path {gpt2} --prompt_file {tmp}/good.jsonl "
+BAD = [
+    *((f"--model_name_or_path {{gpt2}} --prompt_file {{tmp}}/{name} --output_file {{tmp}}/out", message)
+      for name, message in [
+          ("none.jsonl", "none.jsonl is not there"), ("empty.jsonl", "has no prompts"), ("empty.txt", "has no prompts"),
+          ("broken.jsonl", "line 2: malformed JSON"), ("sjis.txt", "not UTF-8"), ("sjis.jsonl", "not UTF-8"),
+          ("columns.jsonl", "question, reply are of no known shape"), ("text.jsonl", "rows of `text`"),
+          ("string.jsonl", "must be an object"), ("number.jsonl", "line 1: prompt+completion must hold text, found 3"),
+          ("null.jsonl", "line 2: prompt+completion must hold text, found null"), ("turns.jsonl", "must hold text"),
+          ("no_turn.jsonl", "line 1: the conversation has no turn"), ("mixed.jsonl", "line 2: the columns"),
+          ("surrogate.jsonl", "line 1: the tokenizer"), ("long.jsonl", "line 3: the prompt's 140 tokens"),
+          ("blank.jsonl", "line 2: the prompt is empty"),
+      ]),
+    ("--model_name_or_path /none/model --prompt a", "/none/model is no model here"),
+    ("--model_name_or_path {tmp} --prompt a", "is no model here"),
+    ("--model_name_or_path {cut} --prompt a", "cannot be loaded"),
+    ("--model_name_or_path {lacking} --prompt a", "lacks weights"),
+    ("--model_name_or_path {foreign} --prompt <|im_end|>", "the id 300, but the embedding has 300 rows"),
+    ("--model_name_or_path {old} --prompt a", "is no model here"),
+    ("--model_name_or_path {lost} --prompt a", "base model ../lost of this adapter"),
+    ("--model_name_or_path {baseless} --prompt a", "base_model_name_or_path"),
+    ("--model_name_or_path {misfit} --prompt a", "cannot be loaded"),
+    ("--model_name_or_path {empty_adapter} --prompt a", "missing adapter keys"),
+    ("--model_name_or_path {gpt2}", "exactly one of"),
+    (ONE + "--chat", "exactly one of"),
+    (ONE + "--output_file x", "go together"),
+    (ONE + "--batch_size 0", "--batch_size must be 1 or more"),
+    (ONE + "--max_new_tokens -1", "--max_new_tokens must be 1 or more"),
+    (ONE + "--temperature 0.5", "do nothing without"),
+    (ONE + "--do_sample --temperature 0", "must be above 0"),
+    (ONE + "--do_sample --temperature nan", "must be above 0"),
+    (ONE + "--do_sample --top_p 1.5", "must be above 0"),
+    (ONE + "--precision fp16", "needs a GPU"),
+    (ONE + "--load_in_8bit --load_in_4bit", "one of --load_in_8bit"),
+    (ONE + "--compare_base", "needs an adapter"),
+    (ONE + "--max_new_token 3", "unrecognized arguments"),
+    (ONE + "--do_sample maybe", "neither true nor false"),
+    (GOOD + "--output_file {tmp}/good.jsonl/x", "cannot be written"),
+    (GOOD + "--output_file {tmp}", "holds other answers"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, checkpoints, adapter):
+    """Directories with everything that can be wrong."""
+    from safetensors.torch import load_file, save_file
+
+    tmp = tmp_path_factory.mktemp("bad")
+    for name, content in FILES.items():
+        (tmp / name).write_bytes(content)
+    for name in ("cut", "lacking", "foreign", "old"):
+        shutil.copytree(checkpoints["gpt2"], tmp / name)
+    for name in ("lost", "baseless", "misfit", "empty_adapter"):
+        shutil.copytree(adapter[0], tmp / name)
+    weights = tmp / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    weights = load_file(tmp / "lacking" / "model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.weight"]
+    save_file(weights, tmp / "lacking" / "model.safetensors", {"format": "pt"})
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.save_pretrained(tmp / "foreign")
+    (tmp / "old" / "config.json").write_text('{"model_type": "RefinedWebModel"}')
+    set_base(tmp / "lost", "../lost of this adapter")
+    set_base(tmp / "baseless", None)
+    set_base(tmp / "misfit", checkpoints["gpt2"])
+    set_base(tmp / "empty_adapter", str(adapter[1]))
+    save_file({}, tmp / "empty_adapter" / "adapter_model.safetensors")
+    return {"tmp": tmp, "gpt2": checkpoints["gpt2"], **{path.name: path for path in tmp.iterdir() if path.is_dir()}}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input(places, capsys, arguments, message):
+    before = sorted(places["tmp"].rglob("*"))
+    assert run(*arguments.format(**places).split(" ")) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and message in error.splitlines()[-1] and "error: " in error.splitlines()[-1]
+    assert "Traceback" not in error and (len(error.splitlines()) == 1 or error.startswith("usage: "))
+    assert sorted(places["tmp"].rglob("*")) == before  # nothing written, nothing lost
+
+
+def test_nothing_quantised_is_refused(monkeypatch, capsys, checkpoints):
+    monkeypatch.setattr(script, "count_quantised", lambda model: 0)
+    assert run("--model_name_or_path", checkpoints["llama"], "--prompt", "a", "--load_in_8bit") == 2
+    assert "was quantised" in capsys.readouterr().err
+
+
+def test_out_of_memory_says_what_helps(monkeypatch, capsys, checkpoints):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(script, "generate", full)
+    assert run("--model_name_or_path", checkpoints["llama"], "--prompt", "a") == 2
+    assert "--batch_size" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_and_typos_answer_fast():
+    for arguments, code in ((["--help"], 0), (["--promt", "a"], 2)):
+        began = time.time()
+        result = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
+        assert result.returncode == code and time.time() - began < 2
