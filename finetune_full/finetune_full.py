@@ -484,6 +484,18 @@ class FineTuner(Trainer):
         packed = isinstance(self.train_dataset, Rows)  # packed rows are all alike: their order is random
         return EpochSampler(self, [1] * len(self.train_dataset) if packed else list(self.train_dataset["length"]))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Trainer compares names as they stand in the file, where gpt_neox's head has another: it would be left out."""
+        if hasattr(self.model, "peft_config"):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        return self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self):
+        if self.is_deepspeed_enabled or hasattr(self.model, "peft_config"):
+            return super()._load_best_model()
+        return self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def save_model(self, output_dir=None, _internal_call=False):
         self.model.config.use_cache = True  # switched off for training; whoever loads the result wants it
         super().save_model(output_dir, _internal_call)

@@ -549,3 +549,19 @@ def test_deepspeed(script, checkpoints, train_file, tmp_path):
         assert results(out)["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-3)
         assert same_weights(tmp_path / "one", out, atol=2e-3)
         assert not same_weights(checkpoints["llama"], out, atol=1e-4)
+
+
+def test_a_head_with_another_name_in_the_file_is_loaded_again(script, checkpoints, train_file, tmp_path):
+    """gpt_neox's lm_head is embed_out in the file: going on, and keeping the best, must not start it anew."""
+    whole, cut, best = tmp_path / "whole", tmp_path / "cut", tmp_path / "best"
+    common = ["--model_name_or_path", checkpoints["gpt_neox"], "--train_file", train_file, "--learning_rate", "1e-3",
+              "--max_steps", "4", "--save_steps", "2"]  # fmt: skip
+    script.main([*common, "--output_dir", str(whole)])
+    script.main([*common, "--output_dir", str(cut), "--resume_from_checkpoint", str(whole / "checkpoint-2")])
+    assert same_weights(whole, cut)
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "甲", "completion": "乙丙丁"}])
+    script.main([*common, "--output_dir", str(best), "--validation_file", other, "--early_stopping_patience", "2",
+                 "--save_steps", "1", "--max_steps", "60", "--learning_rate", "0.05"])  # fmt: skip
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_global_step"] < state["global_step"]
+    assert same_weights(best, state["best_model_checkpoint"])
