@@ -542,9 +542,9 @@ def peak_memory():
 
 
 def count_parameters(model):
-    """(trainable, total) parameters, also where ZeRO-3 has partitioned them."""
-    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
-    return sum(n for trained, n in sizes if trained), sum(n for _, n in sizes)
+    """(trainable, total) parameters, also where ZeRO-3 has partitioned them or only some rows are trained."""
+    sizes = [(p, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    return sum(getattr(p, "trained_numel", n) for p, n in sizes if p.requires_grad), sum(n for _, n in sizes)
 
 
 def print_banner(script, training, trainer, examples, tokenizer, resume):
