@@ -200,7 +200,7 @@ def test_prompt_prints_the_answer_alone(capsys, checkpoints):
         assert f"\n{name} " in "\n" + report
 
 
-def test_same_seed_same_draws_also_in_batches_and_after_a_restart(tmp_path, checkpoints, train_file):
+def test_same_seed_same_draws_also_after_a_restart(tmp_path, checkpoints, train_file, monkeypatch):
     def answers(name, *more):
         arguments = ("--do_sample", "--temperature", 1.5, "--top_p", 0.9, "--batch_size", 2, *more)
         assert run_file(checkpoints["llama"], train_file, tmp_path / name, *arguments) == 0
@@ -209,9 +209,20 @@ def test_same_seed_same_draws_also_in_batches_and_after_a_restart(tmp_path, chec
     first = answers("a", "--seed", 1)
     assert answers("b", "--seed", 1) == first != answers("c", "--seed", 2)
     assert answers("d", "--seed", 1, "--temperature", 0.01, "--top_p", 1) != first
-    (tmp_path / "b").rename(tmp_path / "b.partial")  # as if killed: the second batch was written half
-    lines = [json.dumps([i, {"generated_text": first[i]["generated_text"]}]) for i in (2, 0, 4)]
-    (tmp_path / "b.partial").write_text("\n".join(lines) + '\n[3, {"gener')
+    # As if killed in the middle of a batch and of a line, and once more a batch later.
+    (tmp_path / "b").unlink()
+    lines = [json.dumps([i, {"generated_text": first[i]["generated_text"]}]) for i in (2, 0)]
+    (tmp_path / "b.partial").write_text("\n".join(lines) + '\n[4, {"gener')
+    original, left = script.generate, [1]
+    monkeypatch.setattr(script, "generate", lambda *a: original(*a) if left and left.pop() else pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        answers("b", "--seed", 1)
+    monkeypatch.setattr(script, "generate", original)
+    batches = script.make_batches(
+        SimpleNamespace(batch_size=2, max_new_tokens=8, positions=64),
+        [make_tokenizer(True)(row["prompt"])["input_ids"] for row in ROWS],
+    )
+    assert any(0 in batch and len(batch) == 2 for batch in batches)  # so row 0 was half a batch
     assert answers("b", "--seed", 1) == first
 
 
@@ -280,6 +291,8 @@ def test_stops_at_the_end_of_a_turn_only_in_chats(capsys, monkeypatch, ending, t
 @pytest.mark.parametrize("bos", [False, True])
 def test_completions_come_back_exactly(bos):
     tokenizer = make_tokenizer(bos)
+    tokenizer.clean_up_tokenization_spaces = True  # as published tokenizers have it
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     texts = [row["completion"] for row in ROWS] + [" a . b , it 's !", "\n二行\n", "鬱😀", "全角　空白  ", "１２３ｱｲｳ"]
     args = SimpleNamespace(compare_base=False, seed=0, max_new_tokens=99, positions=99)
     completions = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -456,6 +469,19 @@ def test_adapter_beside_its_base(tmp_path, capsys, adapter, train_file, monkeypa
         set_base(directory, name)
         assert Path(script.find_base(str(directory))).samefile(base)
     set_base(directory, "../base")
+
+
+def test_adapter_may_bring_its_tokenizer_and_stop_tokens(tmp_path, capsys, adapter):
+    directory, base, merged = adapter
+    shutil.copytree(directory, tmp_path / "adapter")
+    set_base(tmp_path / "adapter", str(base))
+    tokenizer = make_tokenizer(bos=False)  # the base's adds a BOS
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    new = greedy(merged, tokenizer("質問")["input_ids"], 4, {})
+    GenerationConfig(eos_token_id=[new[3], 2]).save_pretrained(tmp_path / "adapter")
+    assert run("--model_name_or_path", tmp_path / "adapter", "--prompt", "質問", "--max_new_tokens", 8) == 0
+    end = new.index(new[3])
+    assert end > 0 and capsys.readouterr().out == tokenizer.decode(new[:end], skip_special_tokens=True) + "\n"
 
 
 @pytest.mark.parametrize("kind", ["llama", "falcon"])
