@@ -542,8 +542,8 @@ def peak_memory():
 
 
 def count_parameters(model):
-    """(trainable, total) parameters, also where ZeRO-3 has partitioned them or only some rows are trained."""
-    sizes = [(p, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    """(trainable, total) parameters, also where ZeRO-3 parts them, 4 bit packs them, or rows are trained."""
+    sizes = [(p, getattr(p, "ds_numel", getattr(p, "quant_state", p).shape.numel())) for p in model.parameters()]
     return sum(getattr(p, "trained_numel", n) for p, n in sizes if p.requires_grad), sum(n for _, n in sizes)
 
 
