@@ -15,6 +15,7 @@ Follows       https://huggingface.co/docs/transformers/llm_tutorial
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -31,10 +32,12 @@ def main(argv=None):
     args = parse(argv)
     check_arguments(args)
     import torch  # from here on it takes seconds
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line per layer and token
+    warnings.simplefilter("ignore", FutureWarning)  # of one package about another
     precision, reason = choose_precision(args)
     tokenizer, config = load_tokenizer(args)
     shape, rows, prompts = ("messages", [], []) if args.chat else read_prompts(args, tokenizer, config)
@@ -593,9 +596,11 @@ def print_banner(args, model, tokenizer, precision, prompts):
     """What is it doing, and why."""
     import torch
 
-    total = sum(parameter.numel() for parameter in model.parameters())
     adapter = "" if args.base == args.model_name_or_path else f", adapter on {args.base}"
-    note("model", f"{args.model_name_or_path} ({model.config.model_type}), {total:,} parameters{adapter}")
+    note(
+        "model",
+        f"{args.model_name_or_path} ({model.config.model_type}), {model.num_parameters():,} parameters{adapter}",
+    )
     gpu = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
     places = ", ".join({str(place): 0 for place in getattr(model, "hf_device_map", {"": model.device}).values()})
     quantised = f"; {count_quantised(model)} layers quantised" if args.load_in_8bit or args.load_in_4bit else ""

@@ -166,7 +166,7 @@ def test_fields_and_order_are_kept_whatever_the_answer_column(tmp_path, checkpoi
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_batched_equals_one_by_one(tmp_path, checkpoints, train_file, kind):
+def test_batched_equals_one_by_one(tmp_path, capsys, checkpoints, train_file, kind):
     """Also for the prompt of 58 of 64 positions, whose answer has room for 6 of the 8 tokens, beside a shorter one."""
     lengths = []
     original = script.generate
@@ -175,7 +175,7 @@ def test_batched_equals_one_by_one(tmp_path, checkpoints, train_file, kind):
         assert run_file(checkpoints[kind], train_file, tmp_path / "out.jsonl", "--batch_size", 4) == 0
     finally:
         script.generate = original
-    assert max(lengths) == 4
+    assert max(lengths) == 4 and "None" not in capsys.readouterr().err
     found = [row["generated_text"] for row in read_jsonl(tmp_path / "out.jsonl")]
     assert found == expected(checkpoints[kind], ROWS, 8)
 
@@ -233,7 +233,7 @@ def test_cold_sampling_is_greedy(tmp_path, checkpoints, train_file):
 
 
 @pytest.fixture(scope="module")
-def ending(tmp_path_factory):
+def ending(tmp_path_factory, checkpoints):
     """ending(token) makes a model whose third token is `token`; returns (directory, the answer up to there)."""
 
     def make(token, template=None, eos_in_config=False):
@@ -376,13 +376,16 @@ def test_killed_and_started_again(tmp_path, checkpoints):
     assert not output.exists()
     before = partial.read_bytes()
     partial.write_bytes(before + b'[7, {"generated_text": "half a li')
-    done, asked, original = before.count(b"\n"), [], script.generate
+    done, asked, kept, original = before.count(b"\n"), [], [], script.generate
     try:
-        script.generate = lambda *a, **k: (asked.extend(a[3]), original(*a, **k))[1]
+        script.generate = lambda *a: (kept.append(partial.read_bytes().count(b"\n")), asked.append(a[3]), original(*a))[
+            2
+        ]
         assert run_file(checkpoints["llama"], prompts, output, "--batch_size", 50, tokens=20) == 0
     finally:
         script.generate = original
-    assert 3 <= done < 200 and len(asked) == 200 - done
+    assert 3 <= done < 200 and sum(map(len, asked)) == 200 - done
+    assert kept == [done + sum(map(len, asked[:i])) for i in range(len(asked))]  # each batch is on disk before the next
     found = read_jsonl(output)
     assert [row["id"] for row in found] == list(range(200)) and not partial.exists()
     assert [row["generated_text"] for row in found[::9]] == expected(checkpoints["llama"], rows[::9], 20)
@@ -490,7 +493,10 @@ def test_quantised(capsys, checkpoints, kind, bits):
     arguments = ("--prompt", ROWS[0]["prompt"], "--max_new_tokens", 4, f"--load_in_{bits}bit")
     assert run("--model_name_or_path", checkpoints[kind], *arguments) == 0
     layers = {"llama": 14, "falcon": 8}[kind]  # two blocks of seven and of four
-    assert f"{layers} layers quantised" in capsys.readouterr().err
+    report = capsys.readouterr().err
+    total = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(checkpoints[kind]).parameters())
+    assert f"{layers} layers quantised" in report and f"{total:,} parameters" in report
+    assert [line.split()[0] for line in report.splitlines()] == ["model", "device", "prompts", "example", "tokens"]
 
 
 @pytest.mark.parametrize(
