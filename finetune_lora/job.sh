@@ -1,0 +1,35 @@
+#!/bin/bash
+# Train a LoRA adapter on a model. From this directory: qsub -P GROUP job.sh   (by hand: bash job.sh)
+# Submitted again, it goes on from its last checkpoint. With the 8 GPUs of a node: qsub -P GROUP -q rt_HF job.sh
+#PBS -N finetune_lora
+#PBS -q rt_HG
+#PBS -l select=1
+#PBS -l walltime=1:00:00
+#PBS -j oe
+#PBS -k oed
+# A job is a copy of this file in the spool of PBS; by hand, $0 tells the directory.
+if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$(dirname "$0")"; fi || exit 2
+[[ -f ../jobs/env.sh && -f finetune_lora.py ]] ||
+  { echo "error: no finetune_lora.py and ../jobs/env.sh in $PWD. Submit from this job file's directory" >&2; exit 2; }
+source ../jobs/env.sh || exit
+
+# Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
+# QLoRA, the base in 4 bit: ARGS="--load_in_4bit true". A plain model of the result: python merge_lora.py, see --help.
+[[ -n ${MODEL:-} ]] || ARGS="--learning_rate 1e-3 ${ARGS:-}" # good for the small new model, ruinous for a trained one
+MODEL=${MODEL:-../tiny_model/output/llama}
+[[ -n ${TRAIN_FILE:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
+TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jsquad_train.jsonl}
+OUTPUT_DIR=${OUTPUT_DIR:-output}
+read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
+[[ -z ${VALIDATION_FILE:-} ]] || WORDS=(--validation_file "$VALIDATION_FILE" "${WORDS[@]}")
+[[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}") # e.g. ../deepspeed_configs/zero3.json
+
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || exit
+LAUNCH=(python)
+if ((GPUS > 1)) || [[ -n ${DEEPSPEED:-} ]]; then LAUNCH=(torchrun --standalone --nproc_per_node "$GPUS"); fi
+((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
+"${LAUNCH[@]}" finetune_lora.py --model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR" \
+  --save_steps 100 --save_total_limit 2 "${WORDS[@]}" "$@"
+status=$?
+((status == 0 || GPUS < 2)) || echo "failed    on $(hostname), status $status; the Root Cause above names the rank" >&2
+exit "$status"
