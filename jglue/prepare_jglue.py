@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""Turn JGLUE into prompts and completions that the fine-tuning scripts and generate_text.py read.
+
+JSQuAD, JCommonsenseQA, JNLI and JSTS become JSON Lines, one file per split, with `prompt`, `completion` and what
+evaluate_jglue.py needs to score an answer: `id`, and `answers`, `label` or `choices`. The prompt ends where the answer
+begins; nothing is put between the two. To change what the model is asked, edit the four functions of PROMPTS.
+
+    git clone https://github.com/yahoojapan/JGLUE.git          (once, where there is a network)
+    python prepare_jglue.py --jglue_dir JGLUE --output_dir output --task all
+    python prepare_jglue.py --jglue_dir sample --output_dir output --task jsquad      (the sample that comes with this)
+    qsub -P GROUP job.sh                                       (this, generation and the score)
+
+Costs seconds. Data: Kurihara et al. 2022, https://aclanthology.org/2022.lrec-1.317 (CC BY-SA 4.0).
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # JGLUE's name and ours
+JNLI_ANSWERS = {"entailment": "含意", "contradiction": "矛盾", "neutral": "中立"}
+
+
+def fail(message):
+    """Print one line on stderr and leave with exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- What the model is asked, and what it should answer. Edit here. ----
+
+
+def jsquad_row(row):
+    """A question about a paragraph; the answer is a piece of it. Learnt: the answer most annotators gave."""
+    title, mark, body = row["context"].partition(" [SEP] ")
+    text = f"題名：{title}\n文章：{body}" if mark else f"文章：{title}"
+    answers = [answer["text"] for answer in row["answers"]]
+    best = Counter(answers).most_common(1)[0][0] if answers else None  # of equally frequent ones the first
+    return row["id"], f"{text}\n質問：{row['question'].strip()}\n答え：", best, {"answers": answers}
+
+
+def jcommonsenseqa_row(row):
+    """A question with five choices; the answer is the number of one."""
+    choices = [row[f"choice{n}"].strip() for n in range(5)]
+    lines = "\n".join(f"{n}：{choice}" for n, choice in enumerate(choices))
+    prompt = f"質問：{row['question'].strip()}\n{lines}\n正解の番号："
+    label = row.get("label")
+    if label is not None and label not in range(5):
+        raise ValueError(f"label {label}")
+    return row["q_id"], prompt, None if label is None else str(label), {"label": label, "choices": choices}
+
+
+def jnli_row(row):
+    """Does the second sentence follow from the first, contradict it, or neither?"""
+    sentences = f"前提：{row['sentence1'].strip()}\n仮説：{row['sentence2'].strip()}"
+    label = row.get("label")
+    answer = None if label is None else JNLI_ANSWERS[label]
+    return row["sentence_pair_id"], f"{sentences}\n関係（含意、矛盾、中立）：", answer, {"label": label}
+
+
+def jsts_row(row):
+    """How close in meaning are two sentences, from 0.0 (unrelated) to 5.0 (the same)?"""
+    sentences = f"文1：{row['sentence1'].strip()}\n文2：{row['sentence2'].strip()}"
+    label = row.get("label")
+    if label is not None and not 0 <= label <= 5:
+        raise ValueError(f"label {label}")
+    answer = None if label is None else f"{label:.1f}"
+    return row["sentence_pair_id"], f"{sentences}\n意味の近さ（0.0から5.0）：", answer, {"label": label}
+
+
+PROMPTS = {"jsquad": jsquad_row, "jcommonsenseqa": jcommonsenseqa_row, "jnli": jnli_row, "jsts": jsts_row}
+
+
+# ---- Reading and writing ----
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--jglue_dir", type=Path, required=True, help="a checkout of JGLUE (the directory that holds datasets/)")
+    add("--output_dir", type=Path, required=True, help="where TASK_train.jsonl, TASK_validation.jsonl, ... go")
+    add("--task", choices=[*PROMPTS, "all"], default="all", help="one task or all four (default all)")
+    args = parser.parse_args(argv)
+    if not args.jglue_dir.is_dir():
+        fail(f"--jglue_dir {args.jglue_dir} is not a directory. Give a checkout of JGLUE, or sample beside this file.")
+    return args
+
+
+def find_task(jglue_dir, task):
+    """Return (version, directory) of the newest DIR/datasets/TASK-vN.M, or None."""
+    found = []
+    for path in (jglue_dir / "datasets").glob(f"{task}-v*"):
+        if path.is_dir() and (match := re.fullmatch(r"v(\d+)\.(\d+)", path.name.removeprefix(f"{task}-"))):
+            found.append((tuple(map(int, match.groups())), path.name.removeprefix(f"{task}-"), path))
+    return max(found)[1:] if found else None
+
+
+def read_records(task, path):
+    """Yield (place, record): one for every question of a JSQuAD file, for every line of the other tasks' files."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8 (byte {error.start}). JGLUE's files are: fetch it again.")
+    if task != "jsquad":
+        for number, line in enumerate(content.split("\n"), 1):
+            if line.strip():
+                yield f"{path} line {number}", parse(line, f"{path} line {number}")
+        return
+    try:
+        articles = parse(content, path)["data"]
+        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+        questions = [{**question, "context": part["context"]} for part in paragraphs for question in part["qas"]]
+    except (KeyError, TypeError) as error:
+        fail(f"{path} is not in JSQuAD's form, data > paragraphs > qas ({error!r}). Fetch it again.")
+    for number, question in enumerate(questions, 1):
+        yield f"{path} question {number}", question
+
+
+def parse(text, place):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f" line {error.lineno}" if "\n" in text else ""
+        fail(f"{place}{line} is not JSON ({error.msg} at column {error.colno}). The file is damaged: fetch it again.")
+
+
+def make_rows(task, split, path):
+    """Return the split's rows. Only a test split may lack the answers; its rows then have no `completion`."""
+    rows = []
+    for place, record in read_records(task, path):
+        try:
+            name, prompt, answer, gold = PROMPTS[task](record)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            fail(f"{place} does not have {task}'s fields ({error!r}). Is it really JGLUE's file? Fetch it again.")
+        if answer is None and split != "test":
+            fail(f"{place} has no answer. Nothing could be learnt from it or scored: fetch the file again.")
+        rows.append({"id": str(name), "prompt": prompt} | ({} if answer is None else {"completion": answer, **gold}))
+    if not rows:
+        fail(f"{path} holds no {task} question. Fetch it again.")
+    repeated = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
+    if repeated:
+        fail(f"{path} uses the id {repeated[0]} more than once, so answers could not be told apart. Fetch it again.")
+    return rows
+
+
+def write_rows(path, rows):
+    """Write JSON Lines under another name first, so that a killed run leaves no half of a file."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)
+
+
+def prepare_task(task, found, output_dir):
+    """Write one file per split found and print a line for each."""
+    version, directory = found
+    present = [split for split in SPLITS if (directory / f"{split}-{version}.json").is_file()]
+    if not {"train", "valid"} & set(present):
+        fail(f"{directory} holds neither train-{version}.json nor valid-{version}.json. Fetch JGLUE again.")
+    for split, ours in SPLITS.items():
+        output = output_dir / f"{task}_{ours}.jsonl"
+        line = f"{task:<15} {version}  {ours:<11}"
+        if split in present:
+            rows = make_rows(task, ours, directory / f"{split}-{version}.json")
+            write_rows(output, rows)
+            longest = max(len(row["prompt"] + row.get("completion", "")) for row in rows)
+            unanswered = sum("completion" not in row for row in rows)
+            note = f", {unanswered:,} without an answer: to generate from, not to score" if unanswered else ""
+            print(f"{line} {len(rows):>7,} rows, the longest {longest:,} characters{note} -> {output}")
+        elif output.exists():
+            output.unlink()  # of an earlier run: the two splits would be of different data
+            print(f"{line} not in {directory}; removed {output}, which was of other data")
+        elif split != "test":
+            print(f"{line} not in {directory}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    tasks = list(PROMPTS) if args.task == "all" else [args.task]
+    found = {task: find_task(args.jglue_dir, task) for task in tasks}
+    if not any(found.values()):
+        there = sorted(path.name for path in (args.jglue_dir / "datasets").glob("*-v*"))
+        fail(f"{args.jglue_dir}/datasets holds no {' or '.join(f'{task}-vN.M' for task in tasks)} "
+             f"(it has {', '.join(there) or 'no data set'}). Give the directory that holds datasets/.")  # fmt: skip
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for task, place in found.items():
+            if place:
+                prepare_task(task, place, args.output_dir)
+            else:
+                print(f"{task:<15} not in {args.jglue_dir}/datasets")
+    except OSError as error:
+        fail(f"{error.filename} cannot be read or written ({error.strerror}). Check the path and its permissions.")
+    prepared = f"{args.output_dir}/{next(task for task in tasks if found[task])}"
+    print("next            python ../generate_text/generate_text.py --model_name_or_path MODEL "
+          f"--prompt_file {prepared}_validation.jsonl --output_file {prepared}_generated.jsonl")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
