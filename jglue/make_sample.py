@@ -1,21 +1,25 @@
 #!/usr/bin/env python3
-"""Write the sample that comes with these lessons: four small data sets of our own in exactly JGLUE's file formats.
+"""Write the sample beside this file: small data sets in JGLUE's formats, all of our own writing, always the same bytes.
 
-    python make_sample.py --output_dir sample            (what `sample/` holds; the same seed gives the same bytes)
+    python make_sample.py                        writes sample/datasets/{jsquad,jcommonsenseqa,jnli,jsts}-v1.3/
+    python make_sample.py --output_dir other --seed 1
 
-JSQuAD: a sentence says who bought what, where and when, and three of four questions can be answered by copying a piece
-of it. Train and validation share no question-and-text and no pair of things (the same person with the same place, the
-same item with the same date, ...), so that a model which only remembers the training answers scores about 0 on
-validation; one that has learnt to read scores 1. The other three have some dozens of rows, enough to try the commands
-on. All text is our own.
+The JSQuAD part is what quickstart learns: who bought what, where and when, and questions that are answered by copying a
+piece of the sentence. Two things that stand together in a validation sentence (a person and a place, an item and a
+date, ...) never do in a training sentence: a model that only remembers the training answers scores 0 on validation, one
+that has learnt to read scores 1.
 """
 
 import argparse
 import json
 import random
 import sys
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
+
+VERSION = "v1.3"  # the version of JGLUE whose formats these are
+
+# ---- JSQuAD: who bought what, where and when ----
 
 NAMES = (
     "佐藤 鈴木 高橋 田中 伊藤 渡辺 山本 中村 小林 加藤 吉田 山田 山口 松本 井上 木村 清水 山崎 池田 橋本 "
@@ -29,7 +33,7 @@ ITEMS = (
 ).split()
 AREAS = "駅前 港町 北町 南町 桜台 川端 城下 緑丘 浜辺 坂上 寺町 新町".split()
 SHOPS = "市場 百貨店 雑貨店 商店街 朝市 売店".split()
-THINGS = {
+FACT = {
     "who": [f"{name}さん" for name in NAMES],
     "what": ITEMS,
     "where": [f"{area}の{shop}" for area in AREAS for shop in SHOPS],
@@ -48,30 +52,12 @@ QUESTIONS = [
     ("when", "who", "{who}が買い物をしたのはいつですか。"),
     ("who", "what", "{what}を買ったのは誰ですか。"),
 ]
-SEED, TRAIN_FACTS, VALIDATION_FACTS, QUESTIONS_PER_TEXT = 2023, 2200, 70, 3
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output_dir", default="sample", help="directory to write")
-    parser.add_argument("--seed", type=int, default=SEED, help="of everything; another seed gives other data")
-    args = parser.parse_args(argv)
-    makers = {"jsquad": jsquad, "jcommonsenseqa": jcommonsenseqa, "jnli": jnli, "jsts": jsts}
-    for task, maker in makers.items():
-        for split, content in maker(random.Random(f"{args.seed} {task}")).items():
-            path = Path(args.output_dir, "datasets", f"{task}-v1.3", f"{split}-v1.3.json")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(content, encoding="utf-8")
-            except OSError as error:
-                print(f"error: cannot write {path} ({error.strerror}). Choose another --output_dir", file=sys.stderr)
-                raise SystemExit(2) from None
-            print(f"{path}  {path.stat().st_size:,} bytes")
+TRAIN_FACTS, VALIDATION_FACTS, QUESTIONS_PER_TEXT = 2200, 70, 3
 
 
 def draw(rng):
     """A fact: one of each kind of thing."""
-    return {kind: rng.choice(things) for kind, things in THINGS.items()}
+    return {kind: rng.choice(things) for kind, things in FACT.items()}
 
 
 def pairs(fact):
@@ -96,6 +82,7 @@ def jsquad(rng):
 
 
 def squad(rng, facts, prefix):
+    """One article with one paragraph for each fact."""
     articles = []
     for number, fact in enumerate(facts):
         context = "買い物 [SEP] " + rng.choice(SENTENCES).format(**fact)
@@ -105,79 +92,279 @@ def squad(rng, facts, prefix):
             questions.append({"question": text.format(**fact), "id": f"{prefix}{number}q{n}", "answers": [answer],
                               "is_impossible": False})  # fmt: skip
         articles.append({"title": "買い物", "paragraphs": [{"qas": questions, "context": context}]})
-    return json.dumps({"data": articles, "version": "sample"}, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return {"version": "sample", "data": articles}
 
 
-KINDS = {
-    "果物": "りんご みかん ぶどう 梨 柿 桃".split(),
-    "動物": "犬 猫 馬 牛 羊 うさぎ".split(),
-    "楽器": "太鼓 笛 琴 三味線 ピアノ ギター".split(),
-    "乗り物": "電車 自転車 船 飛行機 バス 馬車".split(),
-    "文房具": "鉛筆 消しゴム 定規 はさみ のり 手帳".split(),
-    "天気": "晴れ 雨 雪 曇り 霧 嵐".split(),
+# ---- JCommonsenseQA: which of five things is meant ----
+
+THINGS = {
+    "道具": {
+        "傘": "雨の日に頭の上に広げて差すものは？",
+        "はさみ": "二枚の刃で紙や布を切る道具は？",
+        "鉛筆": "黒い芯で字を書き、消しゴムで消せるものは？",
+        "箸": "二本をそろえて持ち、食べ物をつまむものは？",
+        "時計": "今の時刻を知りたいときに見るものは？",
+        "鏡": "自分の顔を映して見るものは？",
+        "枕": "寝るときに頭の下に置くものは？",
+        "ほうき": "床や庭のごみを掃いて集める道具は？",
+        "財布": "お金を入れて持ち歩くものは？",
+        "鍵": "扉の穴に差しこんで回すものは？",
+        "金槌": "釘を打つときに使う道具は？",
+        "温度計": "部屋の暑さや寒さをはかるものは？",
+        "望遠鏡": "遠くの星を大きく見るための道具は？",
+        "辞書": "知らない言葉の意味を調べるときに引くものは？",
+        "やかん": "水を入れて火にかけ、湯を沸かすものは？",
+        "扇風機": "羽根を回して風を送る電気製品は？",
+        "冷蔵庫": "食べ物を冷やして保存する電気製品は？",
+        "掃除機": "ごみを吸い取る電気製品は？",
+        "洗濯機": "汚れた服を入れて洗う電気製品は？",
+        "定規": "まっすぐな線を引くときに当てるものは？",
+    },
+    "生き物": {
+        "象": "長い鼻で物をつかむ動物は？",
+        "きりん": "首がとても長く、高い木の葉を食べる動物は？",
+        "ペンギン": "空は飛べないが泳ぎの得意な鳥は？",
+        "こうもり": "洞窟にぶら下がり、夜になると飛ぶ動物は？",
+        "亀": "背中に固い甲羅がある動物は？",
+        "蛇": "足がなく、体をくねらせて進む動物は？",
+        "蜂": "花の蜜を集め、尻の針で刺すこともある虫は？",
+        "蛍": "夏の夜、川辺で尻を光らせる虫は？",
+        "蝉": "夏に木に止まって大きな声で鳴く虫は？",
+        "カンガルー": "おなかの袋で子を育て、跳ねて進む動物は？",
+        "らくだ": "背中にこぶがあり、砂漠で荷物を運ぶ動物は？",
+        "しまうま": "白と黒の縞模様の動物は？",
+        "にわとり": "朝早くに大きな声で鳴く、飼われることの多い鳥は？",
+        "牛": "乳をしぼって飲む、角のある大きな動物は？",
+        "羊": "毛を刈って毛糸にする動物は？",
+        "たこ": "八本の足で墨を吐く海の生き物は？",
+        "鯨": "海に住み、背中から潮を吹く動物は？",
+        "蛙": "おたまじゃくしが育つと何になる？",
+        "蝶": "青虫がさなぎになり、そのあと何になる？",
+        "猫": "ねずみを捕り、こたつを好むといわれる動物は？",
+    },
+    "食べ物": {
+        "豆腐": "大豆の汁を固めた、白くて四角い食べ物は？",
+        "納豆": "大豆を発酵させた、糸を引く食べ物は？",
+        "寿司": "酢飯に刺身をのせて握った料理は？",
+        "おにぎり": "ご飯を三角に握り、海苔を巻いた食べ物は？",
+        "チーズ": "牛乳を固めて熟成させた食べ物は？",
+        "パン": "小麦粉の生地をふくらませて焼いた食べ物は？",
+        "蜂蜜": "蜂が花から集める甘いものは？",
+        "砂糖": "さとうきびから作る甘い調味料は？",
+        "塩": "海水を煮つめると残る、しょっぱい調味料は？",
+        "レモン": "黄色くて、とても酸っぱい果物は？",
+        "すいか": "夏に砂浜で目隠しをして割る遊びに使うものは？",
+        "バナナ": "皮をむいて食べる、曲がって細長い果物は？",
+        "柿": "秋に実り、干しても食べるだいだい色の果物は？",
+        "餅": "蒸したもち米をついて作り、正月に食べるものは？",
+        "そば": "大晦日に年越しとして食べる麺は？",
+        "緑茶": "摘んだ葉を蒸して揉み、湯を注いで飲むものは？",
+        "カレーライス": "香辛料のきいた汁をご飯にかけた料理は？",
+        "梅干し": "梅の実を塩漬けにして日に干したものは？",
+        "アイスクリーム": "牛乳や卵を凍らせた、冷たい菓子は？",
+        "味噌汁": "豆から作る茶色の調味料を溶いた汁物は？",
+    },
+    "場所": {
+        "図書館": "本を借りる所は？",
+        "病院": "けがや病気を治してもらう所は？",
+        "郵便局": "手紙や小包を出しに行く所は？",
+        "駅": "列車に乗り降りする所は？",
+        "空港": "飛行機に乗る所は？",
+        "港": "船が着く所は？",
+        "銀行": "お金を預ける所は？",
+        "消防署": "火事に備えて赤い車が待っている所は？",
+        "交番": "落とし物を届け、道を尋ねる所は？",
+        "映画館": "暗い部屋で大きな画面の作品を見る所は？",
+        "動物園": "象やきりんを見に行く所は？",
+        "水族館": "大きな水槽の魚を見る所は？",
+        "美術館": "絵や彫刻を見る所は？",
+        "学校": "子どもが授業を受ける所は？",
+        "神社": "鳥居をくぐってお参りする所は？",
+        "温泉": "地中から湧いた湯につかる所は？",
+        "牧場": "牛や馬を放して育てる所は？",
+        "田んぼ": "水を張って稲を育てる所は？",
+        "灯台": "岬に立ち、夜の海を照らす建物は？",
+        "床屋": "髪を切ってもらう所は？",
+    },
+    "仕事": {
+        "医者": "病人を診察し、薬を決める人は？",
+        "教師": "教室で生徒に勉強を教える人は？",
+        "大工": "木で家を建てる人は？",
+        "漁師": "船で海に出て魚をとる人は？",
+        "農家": "畑を耕して野菜を育てる人は？",
+        "操縦士": "飛行機を飛ばす人は？",
+        "作家": "小説を書く人は？",
+        "画家": "絵を描く人は？",
+        "歌手": "舞台で歌を歌う人は？",
+        "料理人": "店の台所で客の食事を作る人は？",
+        "弁護士": "裁判で依頼人を守る人は？",
+        "消防士": "火事の火を消す人は？",
+        "警察官": "泥棒を捕まえる人は？",
+        "俳優": "映画や劇で役を演じる人は？",
+        "記者": "事件を取材して新聞に書く人は？",
+        "通訳": "外国語の話をその場で訳す人は？",
+        "宇宙飛行士": "ロケットに乗って地球の外へ行く人は？",
+        "獣医": "動物の病気を治す人は？",
+        "審判": "試合で反則や得点を判定する人は？",
+        "運転手": "バスを走らせて客を運ぶ人は？",
+    },
+    "自然": {
+        "虹": "雨上がりの空にかかる七色の帯は？",
+        "雪": "冬に空から白く降り積もるものは？",
+        "雷": "光ったあと、ごろごろと音がするものは？",
+        "霧": "朝、あたりが白くかすんで遠くが見えなくなるものは？",
+        "台風": "夏から秋に南の海で生まれ、強い風と雨をもたらすものは？",
+        "地震": "地面が突然揺れることを何という？",
+        "火山": "溶岩を噴き出す山は？",
+        "滝": "崖から水が落ちている所は？",
+        "月": "夜空で満ち欠けして見えるものは？",
+        "太陽": "東から昇り、昼の空を明るくするものは？",
+        "流れ星": "消える前に願いごとを唱えるとよいといわれるものは？",
+        "紅葉": "秋に木の葉が赤や黄色に変わることを何という？",
+        "津波": "海底の揺れのあとに押し寄せる大きな波は？",
+        "砂漠": "雨がほとんど降らず、砂ばかりの土地は？",
+        "島": "まわりをすべて水に囲まれた陸地は？",
+        "森": "たくさんの木が茂っている所は？",
+        "川": "山から海へ流れる水の道は？",
+        "氷山": "冷たい海に浮かぶ大きな氷のかたまりは？",
+        "夕焼け": "日が沈むころ、西の空が赤く染まることを何という？",
+        "潮": "月の引力で満ちたり引いたりする海の水を何という？",
+    },
 }
 
 
 def jcommonsenseqa(rng):
-    """JSON Lines; five choices, one of which is of the kind that is asked for."""
-    rows = []
-    for kind, members in KINDS.items():
-        others = [member for other, rest in KINDS.items() if other != kind for member in rest]
-        for member in members:
-            for question in (f"次のうち、{kind}はどれですか。", f"{kind}と呼べるものはどれでしょう？"):
-                choices, label = rng.sample(others, 4), rng.randrange(5)
-                choices.insert(label, member)
-                rows.append({"question": question, **{f"choice{n}": c for n, c in enumerate(choices)}, "label": label})
-    return split(rng, rows, "q_id")
+    """Return 80 training and 40 validation questions; the wrong choices are of the same kind as the right one."""
+    splits = {"train": [], "valid": []}
+    for kind in THINGS.values():
+        names = rng.sample(list(kind), len(kind))
+        for place, name in enumerate(names):
+            choices = rng.sample([other for other in kind if other != name], 4)
+            choices.insert(rng.randrange(5), name)
+            row = {"question": kind[name], **{f"choice{n}": choice for n, choice in enumerate(choices)}}
+            splits["valid" if place % 3 == 2 else "train"].append({**row, "label": choices.index(name)})
+    rows = [row for split in splits.values() for row in rng.sample(split, len(split))]
+    rows = [{"q_id": number, **row} for number, row in enumerate(rows)]
+    return {"train": rows[: len(splits["train"])], "valid": rows[len(splits["train"]) :]}
 
 
-PLACES = "公園 駅 市場 学校 図書館 港 畑 橋".split()
-PEOPLE = "男の子 女の子 老人 二人の女性 若い男性 先生".split()
-# (what is seen, what follows from it, what cannot be at the same time, what may be)
-SCENES = [
-    ("走っている", "動いている", "眠っている", "急いでいる"),
-    ("座って本を読んでいる", "座っている", "走っている", "試験の前だ"),
-    ("歌いながら歩いている", "歩いている", "座っている", "歌手を目指している"),
-    ("傘をさして立っている", "立っている", "横になっている", "誰かを待っている"),
-    ("りんごを食べている", "何かを食べている", "何も口にしていない", "空腹だった"),
-]
+# ---- JNLI and JSTS: pairs of sentences that describe pictures ----
+
+PEOPLE = {"男性": "人", "女性": "人", "男の子": "子ども", "女の子": "子ども", "おじいさん": "人", "おばあさん": "人"}
+CLOTHES = ["赤い帽子", "青いシャツ", "白いコート", "黄色いセーター", "黒いめがね"]
+SCENES = {
+    "公園": ["ベンチに座って", "犬と散歩して", "ボールで遊んで", "写真を撮って"],
+    "駅": ["電車を待って", "切符を買って", "新聞を読んで", "電話をかけて"],
+    "海辺": ["砂の城を作って", "貝を拾って", "釣りをして", "波を眺めて"],
+    "台所": ["野菜を切って", "皿を洗って", "魚を焼いて", "お茶をいれて"],
+    "教室": ["本を読んで", "絵を描いて", "黒板を消して", "楽器を弾いて"],
+    "庭": ["花に水をやって", "落ち葉を掃いて", "木を切って", "洗濯物を干して"],
+}
 
 
 def jnli(rng):
-    """JSON Lines; sentence pairs with entailment, contradiction or neutral."""
+    """Return 162 training and 54 validation pairs, a third of each relation."""
     rows = []
-    for place in PLACES:
-        for person in PEOPLE:
-            seen, *thens = rng.choice(SCENES)
-            kind = rng.randrange(3)
-            rows.append({"yjcaptions_id": f"sample-{len(rows)}", "sentence1": f"{place}で{person}が{seen}。",
-                         "sentence2": f"{person}が{thens[kind]}。",
-                         "label": ("entailment", "contradiction", "neutral")[kind]})  # fmt: skip
-    return split(rng, rows, "sentence_pair_id")
+    for person, (place, acts) in product(PEOPLE, SCENES.items()):
+        act = rng.choice(acts)
+        wear = rng.choice(CLOTHES)
+        premise = f"{place}で{wear}の{person}が{act}います。"
+        pairs = {
+            "entailment": [
+                f"{place}に{person}がいます。",
+                f"{PEOPLE[person]}が{act}います。",
+                f"{person}が{act}います。",
+            ],
+            "contradiction": [
+                f"{place}には誰もいません。",
+                f"その{person}は眠っています。",
+                f"{place}にいるのは馬だけです。",
+            ],
+            "neutral": [
+                f"{person}は友人を待っています。",
+                f"{person}は近くに住んでいます。",
+                f"{person}は歌を歌っています。",
+            ],
+        }
+        for label, hypotheses in pairs.items():
+            rows += [(premise, hypothesis, label) for hypothesis in rng.sample(hypotheses, 2)]
+    return split_pairs(rng, rows)
 
 
 def jsts(rng):
-    """JSON Lines; sentence pairs with a similarity from 0 to 5: of who, where and what, how much is the same."""
+    """Return 189 training and 63 validation pairs; the more of person, act and place they share, the closer."""
     rows = []
-    for place in PLACES:
-        for person in PEOPLE:
-            scene = rng.choice(SCENES)
-            same = [rng.random() < 0.6 for _ in range(3)]
-            who = person if same[0] else rng.choice([p for p in PEOPLE if p != person])
-            where = place if same[1] else rng.choice([p for p in PLACES if p != place])
-            what = scene if same[2] else rng.choice([s for s in SCENES if s != scene])
-            rows.append({"yjcaptions_id": f"sample-{len(rows)}", "sentence1": f"{place}で{person}が{scene[0]}。",
-                         "sentence2": f"{who}が{where}で{what[0]}。",
-                         "label": round(5 * (same[0] + same[1] + 2 * same[2]) / 4, 1)})  # fmt: skip
-    return split(rng, rows, "sentence_pair_id")
+    places = list(SCENES)
+    for person, place in product(PEOPLE, places):
+        act, other = rng.sample(SCENES[place], 2)
+        somewhere = rng.choice([name for name in places if name != place])
+        someone = rng.choice([name for name in PEOPLE if name != person])
+        first = f"{place}で{person}が{act}います。"
+        rows += [
+            (first, f"{person}が{place}で{act}いるところです。", rng.choice([4.8, 5.0])),
+            (first, f"{place}で{PEOPLE[person]}が{act}いる。", rng.choice([4.0, 4.2, 4.4])),
+            (first, f"{person}が{act}いるようすです。", rng.choice([3.6, 3.8])),
+            (first, f"{place}で{someone}が{act}います。", rng.choice([3.0, 3.2])),
+            (first, f"{place}で{person}が{other}います。", rng.choice([2.0, 2.2, 2.4])),
+            (first, f"{place}に{someone}がいて、{other}います。", rng.choice([1.2, 1.4])),
+            (first, f"{somewhere}で{someone}が{rng.choice(SCENES[somewhere])}います。", rng.choice([0.0, 0.2])),
+        ]
+    return split_pairs(rng, rows)
 
 
-def split(rng, rows, id_name):
-    """Two thirds to train, one third to validation, as JSON Lines with ids (numbers in q_id, text elsewhere)."""
-    rng.shuffle(rows)
-    rows = [{id_name: n if id_name == "q_id" else str(n), **row} for n, row in enumerate(rows)]
-    parts = {"train": rows[: len(rows) * 2 // 3], "valid": rows[len(rows) * 2 // 3 :]}
-    return {name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part) for name, part in parts.items()}
+def split_pairs(rng, rows):
+    """Return the splits as JGLUE's rows; the first sentences of the two do not overlap."""
+    firsts = list(dict.fromkeys(first for first, _, _ in rows))
+    held_out = set(rng.sample(firsts, len(firsts) // 4))
+    splits = {}
+    for split in ("train", "valid"):
+        chosen = [row for row in rows if (row[0] in held_out) == (split == "valid")]
+        rng.shuffle(chosen)
+        splits[split] = [
+            {
+                "sentence_pair_id": str(number),
+                "yjcaptions_id": f"{number}-{2 * number}-{2 * number + 1}",
+                "sentence1": first,
+                "sentence2": second,
+                "label": label,
+            }
+            for number, (first, second, label) in enumerate(chosen)
+        ]
+    return splits
+
+
+# ---- Writing ----
+
+
+def fail(message):
+    """Print one line on stderr and leave with exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def write(path, rows):
+    """Write JSQuAD's one document, or the other tasks' JSON Lines (JGLUE calls both .json)."""
+    lines = [rows] if isinstance(rows, dict) else rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    print(f"{path}  {path.stat().st_size:,} bytes")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--output_dir", type=Path, default=here / "sample", help="default: sample beside this file")
+    parser.add_argument("--seed", type=int, default=0, help="the committed sample is that of seed 0")
+    args = parser.parse_args(argv)
+    try:
+        for make in (jsquad, jcommonsenseqa, jnli, jsts):
+            for split, rows in make(random.Random(args.seed)).items():
+                folder = args.output_dir / "datasets" / f"{make.__name__}-{VERSION}"
+                write(folder / f"{split}-{VERSION}.json", rows)
+    except OSError as error:
+        fail(f"{error.filename} cannot be written ({error.strerror}). Name another --output_dir.")
 
 
 if __name__ == "__main__":
