@@ -231,7 +231,7 @@ def test_finetune_variables(machine):
     words = last_words(machine)
     assert words[:4] == ["python", "finetune_full.py", "--model_name_or_path", "../tiny_model/output/llama"]
     assert words[words.index("--validation_file") + 1] == "../jglue/output/jsquad_validation.jsonl"
-    assert words[words.index("--learning_rate") + 1] == "1e-3"
+    assert words[words.index("--learning_rate") + 1] == "3e-3"
     assert {"--save_steps", "--save_total_limit"} <= set(words)
 
     # A model and a file of one's own: no rate for small new models, no foreign validation file.
