@@ -54,13 +54,13 @@ def parse_args(argv=None):
 
 
 def first_line(text):
-    """Return the first line with something in it, without spaces around it."""
-    return next((line.strip() for line in text.split("\n") if line.strip()), "")
+    """Return the first line with something in it."""
+    return next((line for line in text.split("\n") if line.strip()), "")
 
 
 def read_choice(text, choices):
     """Return the index of the choice that a text names by its number (2, 2：…, 2番) or by its words, or None."""
-    line = first_line(text)
+    line = first_line(text).strip()
     if match := re.match(r"([0-4])(?![\d.])", unicodedata.normalize("NFKC", line)):
         return int(match.group(1))
     line = line.rstrip("。")
@@ -76,7 +76,7 @@ def read_relation(text):
 
 def read_similarity(text):
     """Return the number from 0 to 5 at the start of the line, or None."""
-    match = re.match(r"\d+(\.\d+)?", unicodedata.normalize("NFKC", first_line(text)))
+    match = re.match(r"\d+(\.\d+)?", unicodedata.normalize("NFKC", first_line(text).strip()))
     value = float(match.group()) if match else None
     return value if value is not None and value <= 5 else None
 
@@ -207,9 +207,7 @@ def read_predictions(path, task):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            fail(
-                f"{place} is not JSON ({error.msg} at column {error.colno}). Run the generation again."
-            )
+            fail(f"{place} is not JSON ({error.msg} at column {error.colno}). Run the generation again.")
         check_row(row, task, place)
         if row["id"] in seen:
             fail(f"{place} has the id {row['id']} of line {seen[row['id']]}: one question would count twice. "

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Make a small model to try things with: a tokenizer trained on your text and a checkpoint with random weights.
 
 The seven models of this course have billions of weights. A checkpoint made here has the same architecture, the same
@@ -6,7 +6,7 @@ switches (tied embeddings, biases, special token ids) and the same kind of token
 seconds, so every other script can be tried on it first. It knows nothing until it is trained.
 
     python make_tiny_model.py --model_type llama --text_file ../jglue/output/jsquad_train.jsonl \
-        --output_dir output/tiny_llama
+        --output_dir output/llama --vocab_size 520
     qsub -P GROUP job.sh
 
 Costs about 15 s on two CPU cores, most of it imports. The same arguments give the same files, byte for byte.
@@ -19,6 +19,7 @@ Byte-level BPE: Radford et al. 2019. Sentencepiece: Kudo and Richardson 2018, ht
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -92,11 +93,12 @@ def read_texts(path):
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         fail(f"{path} is not UTF-8 (byte {error.start}). Convert it: iconv -f CP932 -t UTF-8 {path} > new{path.suffix}")
-    if path.suffix == ".txt":
-        texts = content.split("\n")
-    else:
-        texts = list(strings_in(parse_json(path, content)))
+    texts = content.split("\n") if path.suffix == ".txt" else strings_in(parse_json(path, content))
     texts = [text for text in texts if text.strip()]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        fail(f"{path} holds half of a character ({error.object[error.start]!r}), which is no text. Remove it.")
     if not texts:
         fail(f"{path} holds no text. A tokenizer cannot be trained on nothing: give a file with text in it.")
     return texts
@@ -202,15 +204,18 @@ def train_byte_level(args, texts):
 
 def train_sentencepiece(args, texts, folder):
     """Write folder/tokenizer.model (BPE, byte fallback, text kept as it is) and return the tokenizer made from it."""
+    from io import BytesIO
+
     import sentencepiece
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
     lines = [line for text in texts for line in text.split("\n")]
+    written = BytesIO()  # a file name would be stored in the model and make two of them differ
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
-            model_prefix=str(folder / "tokenizer"),
+            model_writer=written,
             model_type="bpe",
             vocab_size=args.vocab_size,
             byte_fallback=True,
@@ -229,8 +234,8 @@ def train_sentencepiece(args, texts, folder):
         if match := re.search(r"value <= (\d+)", str(error)):
             vocab_error(args, largest=int(match.group(1)))
         raise
-    (folder / "tokenizer.vocab").unlink()
-    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    (folder / "tokenizer.model").write_bytes(written.getvalue())
+    model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
     # transformers' own reading of tokenizer.model drops a leading space, so tokenizer.json is written here, exactly
     ids = range(model.vocab_size())
     vocab = {model.id_to_piece(i): i for i in ids}
@@ -309,7 +314,9 @@ def make_model(args, tokenizer):
 def write_checkpoint(args, texts, record, folder):
     """Write model, tokenizer and record to `folder`, read the tokenizer back, return what the summary says."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if args.model_type == "llama":
         tokenizer = train_sentencepiece(args, texts, folder)
     else:
@@ -334,7 +341,7 @@ def write_checkpoint(args, texts, record, folder):
 def print_summary(args, texts, made):
     """Print what was made, in five lines."""
     kind = "sentencepiece BPE with byte fallback" if args.model_type == "llama" else "byte-level BPE"
-    tied = "input and output embeddings are one matrix" if made["tied"] else "output embeddings are a matrix of their own"
+    tied = "the output embeddings are the same matrix" if made["tied"] else "the output embeddings another matrix"
     print(f"model      {args.model_type}, {args.num_hidden_layers} layers x {args.hidden_size}, "
           f"{args.num_attention_heads} heads, {made['parameters']:,} parameters, {made['embedding']:,} of them input "
           f"embeddings ({tied}); random weights, seed {args.seed}")  # fmt: skip
@@ -343,8 +350,9 @@ def print_summary(args, texts, made):
     print(f"check      decode(encode(text)) gives {len(texts) - made['inexact']:,} of its {len(texts):,} texts back")
     sizes = {path.name: path.stat().st_size for path in sorted(args.output_dir.iterdir())}
     print(f"files      {', '.join(sizes)} ({sum(sizes.values()) / 1e6:.1f} MB) in {args.output_dir}")
-    print("next       train it: python ../finetune_full/finetune_full.py "
-          f"--model_name_or_path {args.output_dir.absolute()} --train_file FILE --output_dir output/run")  # fmt: skip
+    train_file = "FILE" if args.text_file.suffix == ".txt" else args.text_file
+    print(f"next       python ../finetune_full/finetune_full.py --model_name_or_path {args.output_dir} "
+          f"--train_file {train_file} --output_dir output/trained")  # fmt: skip
 
 
 def main(argv=None):
@@ -354,7 +362,9 @@ def main(argv=None):
     folder = make_workspace(args.output_dir)
     try:
         made = write_checkpoint(args, texts, record, folder)
-        folder.chmod(0o755)  # mkdtemp made it readable by its owner only
+        mask = os.umask(0)
+        os.umask(mask)
+        folder.chmod(0o777 & ~mask)  # mkdtemp made it readable by its owner only
         folder.rename(args.output_dir)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
