@@ -18,7 +18,8 @@ TASK=${TASK:-jsquad}           # jsquad, jcommonsenseqa, jnli or jsts
 MODEL=${MODEL:-../tiny_model/output/llama}
 OUTPUT_DIR=${OUTPUT_DIR:-output}
 PROMPT_FILE=$OUTPUT_DIR/${TASK}_validation.jsonl
-OUTPUT_FILE=${OUTPUT_FILE:-$OUTPUT_DIR/${TASK}_generated.jsonl}
+NAME=$(basename "$(dirname "$MODEL")")_$(basename "$MODEL") # one file of answers per model
+OUTPUT_FILE=${OUTPUT_FILE:-$OUTPUT_DIR/${TASK}_$NAME.jsonl}
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
 
 python prepare_jglue.py --jglue_dir "$JGLUE_DIR" --output_dir "$OUTPUT_DIR" --task "$TASK" || exit

@@ -270,14 +270,14 @@ def test_other_jobs_variables(machine):
         "python generate_text.py --model_name_or_path m --prompt_file 'p q' --output_file o"
     )
     (machine / "record").unlink()
-    assert run_as_pbs(machine, jglue, TASK="jnli", JGLUE_DIR="/j g", MODEL="m", OUTPUT_DIR="d").returncode == 0
+    assert run_as_pbs(machine, jglue, TASK="jnli", JGLUE_DIR="/j g", MODEL="../a/m", OUTPUT_DIR="d").returncode == 0
     prepare, answer, score = (argv for argv, *_ in calls(machine))
     assert prepare == shlex.split("python prepare_jglue.py --jglue_dir '/j g' --output_dir d --task jnli")
     assert answer[:8] == shlex.split(
-        "python ../generate_text/generate_text.py --model_name_or_path m "
-        "--prompt_file d/jnli_validation.jsonl --output_file d/jnli_generated.jsonl"
+        "python ../generate_text/generate_text.py --model_name_or_path ../a/m "
+        "--prompt_file d/jnli_validation.jsonl --output_file d/jnli_a_m.jsonl"
     )
-    assert score == shlex.split("python evaluate_jglue.py --task jnli --prediction_file d/jnli_generated.jsonl")
+    assert score == shlex.split("python evaluate_jglue.py --task jnli --prediction_file d/jnli_a_m.jsonl")
     (machine / "record").unlink()
     assert run_as_pbs(machine, jglue, STATUS="5").returncode == 5
     assert len(calls(machine)) == 1, "a failed step must end the job"
