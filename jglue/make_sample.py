@@ -37,13 +37,14 @@ FACT = {
     "who": [f"{name}さん" for name in NAMES],
     "what": ITEMS,
     "where": [f"{area}の{shop}" for area in AREAS for shop in SHOPS],
-    "when": [f"{month}月{day}日" for month in range(1, 13) for day in range(1, 29)],
+    "when": [
+        f"{day}曜日の{time}" for day in "月火水木金土日" for time in "早朝 朝 昼前 正午 昼過ぎ 夕方 夜 深夜".split()
+    ],
 }
 SENTENCES = [
     "{when}、{who}は{where}で{what}を買った。",
-    "{who}が{where}で{what}を買ったのは{when}のことだ。",
-    "{when}に{where}へ出かけた{who}は、{what}を買って帰った。",
-    "{what}は、{who}が{when}に{where}で買ったものだ。",
+    "{who}は{when}、{where}で{what}を買った。",
+    "{when}、{who}は{what}を{where}で買った。",
 ]
 # (what is asked, by what, how)
 QUESTIONS = [
@@ -52,7 +53,7 @@ QUESTIONS = [
     ("when", "who", "{who}が買い物をしたのはいつですか。"),
     ("who", "what", "{what}を買ったのは誰ですか。"),
 ]
-TRAIN_FACTS, VALIDATION_FACTS, QUESTIONS_PER_TEXT = 2200, 70, 3
+TRAIN_FACTS, VALIDATION_FACTS, QUESTIONS_PER_TEXT = 2200, 60, 4
 
 
 def draw(rng):
