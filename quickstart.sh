@@ -9,7 +9,7 @@ bash jobs/setup_venv.sh || exit
 source jobs/env.sh || exit
 export HF_HUB_OFFLINE=1 # nothing is fetched from here on
 
-STEPS=${STEPS:-1200}
+STEPS=${STEPS:-1400}
 OUT=output/quickstart${JGLUE_DIR:+_jsquad}
 MODEL=$OUT/model TUNED=$OUT/finetuned TRAIN=$OUT/jsquad_train.jsonl VALIDATION=$OUT/jsquad_validation.jsonl
 mkdir -p "$OUT" || exit
@@ -42,8 +42,8 @@ python generate_text/generate_text.py --model_name_or_path "$MODEL" --prompt_fil
 lesson "4/6  Fine-tuning on the training questions (the loss is on the answers only)"
 python finetune_full/finetune_full.py --model_name_or_path "$MODEL" --train_file "$TRAIN" \
   --validation_file "$VALIDATION" --output_dir "$TUNED" --max_length 512 --max_steps "$STEPS" --learning_rate 3e-3 \
-  --warmup_steps 50 --per_device_train_batch_size 32 --logging_steps 50 --eval_strategy steps --eval_steps 300 \
-  --save_steps 300 --save_total_limit 1 || exit
+  --warmup_steps 50 --per_device_train_batch_size 32 --logging_steps 50 --eval_strategy steps --eval_steps 350 \
+  --save_steps 350 --save_total_limit 1 || exit
 
 lesson "5/6  Its answers after"
 python generate_text/generate_text.py --model_name_or_path "$TUNED" --prompt_file "$VALIDATION" \

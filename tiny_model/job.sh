@@ -14,7 +14,7 @@ source ../jobs/env.sh || exit
 
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL_TYPE=gpt_neox,ARGS="--hidden_size 256" job.sh
 MODEL_TYPE=${MODEL_TYPE:-llama} # gpt2, gpt_neox, falcon, mpt, llama or qwen3
-[[ -n ${TEXT_FILE:-} ]] || ARGS="--vocab_size 520 ${ARGS:-}" # few tokens, as suits the few words of the sample
+[[ -n ${TEXT_FILE:-} ]] || ARGS="--vocab_size 510 ${ARGS:-}" # few tokens, as suits the few words of the sample
 TEXT_FILE=${TEXT_FILE:-../jglue/output/jsquad_train.jsonl}
 OUTPUT_DIR=${OUTPUT_DIR:-output/$MODEL_TYPE}
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
