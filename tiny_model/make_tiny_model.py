@@ -317,12 +317,17 @@ def write_checkpoint(args, texts, record, folder):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     if args.model_type == "llama":
         tokenizer = train_sentencepiece(args, texts, folder)
     else:
         tokenizer = train_byte_level(args, texts)
     model = make_model(args, tokenizer)
     tokenizer.save_pretrained(folder)
+    if args.model_type == "llama":  # tokenizer.json adds BOS already; transformers 4 and other tools look here
+        settings = folder / "tokenizer_config.json"
+        content = json.loads(settings.read_text(encoding="utf-8")) | {"add_bos_token": True}
+        settings.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     model.save_pretrained(folder)
     (folder / RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder)

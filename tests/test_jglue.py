@@ -1,0 +1,571 @@
+"""JGLUE: the committed sample, the prompts made of it, and the scores against calculations of their own."""
+
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+JGLUE = ROOT / "jglue"
+SAMPLE = JGLUE / "sample"
+SCRIPTS = {
+    name: runpy.run_path(str(JGLUE / f"{name}.py")) for name in ("make_sample", "prepare_jglue", "evaluate_jglue")
+}
+TASKS = ("jsquad", "jcommonsenseqa", "jnli", "jsts")
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def prepare(jglue_dir, output_dir, task="all"):
+    SCRIPTS["prepare_jglue"]["main"]([f"--jglue_dir={jglue_dir}", f"--output_dir={output_dir}", f"--task={task}"])
+
+
+def evaluate(task, path, *words):
+    SCRIPTS["evaluate_jglue"]["main"]([f"--task={task}", f"--prediction_file={path}", *words])
+
+
+def scores(tmp_path, task, rows):
+    """Score rows through the command line's own entry point and return what it writes."""
+    output = tmp_path / "scores" / "scores.json"
+    evaluate(task, write_lines(tmp_path / "predictions.jsonl", rows), f"--output_file={output}")
+    return json.loads(output.read_text())
+
+
+def refusal(capsys, run, *arguments):
+    """Return the one line on stderr of a run that must refuse."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(SAMPLE, folder)
+    return folder
+
+
+# ---- The sample ----
+
+
+def test_sample_is_what_its_generator_writes(tmp_path):
+    SCRIPTS["make_sample"]["main"](["--output_dir", str(tmp_path)])
+    written = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    committed = {path.relative_to(SAMPLE): path.read_bytes() for path in SAMPLE.rglob("*") if path.is_file()}
+    assert written == committed
+    assert sum(map(len, committed.values())) < 2_200_000
+    SCRIPTS["make_sample"]["main"](["--output_dir", str(tmp_path), "--seed", "1"])
+    assert {path.read_bytes() for path in tmp_path.rglob("*.json")}.isdisjoint(committed.values())
+
+
+def sample_paragraphs(split):
+    document = json.loads((SAMPLE / f"datasets/jsquad-v1.3/{split}-v1.3.json").read_text(encoding="utf-8"))
+    return [(article["title"], part) for article in document["data"] for part in article["paragraphs"]]
+
+
+def test_sample_is_in_jglue_s_formats():
+    fields = {
+        "jcommonsenseqa": ["q_id", "question", "choice0", "choice1", "choice2", "choice3", "choice4", "label"],
+        "jnli": ["sentence_pair_id", "yjcaptions_id", "sentence1", "sentence2", "label"],
+        "jsts": ["sentence_pair_id", "yjcaptions_id", "sentence1", "sentence2", "label"],
+    }
+    for split in ("train", "valid"):
+        for title, part in sample_paragraphs(split):
+            assert list(part) == ["qas", "context"] and part["context"].startswith(f"{title} [SEP] ")
+            assert 3 <= len(part["qas"]) <= 4
+            for question in part["qas"]:
+                assert set(question) == {"question", "id", "answers", "is_impossible"} and not question["is_impossible"]
+                for answer in question["answers"]:
+                    start = answer["answer_start"]
+                    assert part["context"][start : start + len(answer["text"])] == answer["text"] != ""
+        for task, names in fields.items():
+            rows = read_lines(SAMPLE / f"datasets/{task}-v1.3/{split}-v1.3.json")
+            assert 30 <= len(rows) <= 200 and all(list(row) == names for row in rows)
+            assert len({str(row[names[0]]) for row in rows}) == len(rows)
+            labels = Counter(row["label"] for row in rows)
+            if task == "jcommonsenseqa":
+                assert set(labels) == set(range(5))
+                assert all(len({row[f"choice{n}"] for n in range(5)}) == 5 for row in rows)
+            elif task == "jnli":
+                assert set(labels) == {"entailment", "contradiction", "neutral"}
+                assert max(labels.values()) < 0.4 * len(rows)
+            else:
+                assert min(labels) == 0 and max(labels) == 5 and all(round(5 * label, 9) % 1 == 0 for label in labels)
+
+
+def things_in(context):
+    """Return the person, thing, place and day of a sentence, found in its text."""
+    found = {}
+    for kind, names in SCRIPTS["make_sample"]["FACT"].items():
+        there = [name for name in names if name in context]
+        found[kind] = [name for name in there if not any(name != other and name in other for other in there)]
+    assert all(len(names) == 1 for names in found.values()), (context, found)
+    return [(kind, names[0]) for kind, names in sorted(found.items())]
+
+
+def test_validation_shares_no_prompt_and_no_pair_with_training(prepared):
+    pairs = {}
+    for split in ("train", "valid"):
+        facts = [things_in(part["context"]) for _, part in sample_paragraphs(split)]
+        pairs[split] = {pair for fact in facts for pair in combinations(fact, 2)}
+        assert len(pairs[split]) > len(facts)
+    assert not pairs["train"] & pairs["valid"]
+    known = {thing for pair in pairs["train"] for thing in pair}
+    assert {thing for pair in pairs["valid"] for thing in pair} <= known, "a name that training never shows"
+    for task in TASKS:
+        train, valid = (read_lines(prepared / f"{task}_{split}.jsonl") for split in ("train", "validation"))
+        assert not {row["prompt"] for row in train} & {row["prompt"] for row in valid}, task
+        assert not {row["id"] for row in train} & {row["id"] for row in valid} or task != "jsquad"
+    ids = [row["id"] for row in read_lines(prepared / "jsquad_train.jsonl")]
+    assert len(ids) == len(set(ids))
+
+
+def bigrams(text):
+    return {text[n : n + 2] for n in range(len(text) - 1)}
+
+
+def test_looking_training_answers_up_does_not_help(prepared):
+    """By the same question, by the commonest answer of its kind of question, by the most similar training prompt."""
+    train, valid = (read_lines(prepared / f"jsquad_{split}.jsonl") for split in ("train", "validation"))
+    names = [name for lists in SCRIPTS["make_sample"]["FACT"].values() for name in lists]
+    pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+    def kind_of(row):
+        return pattern.sub("X", row["prompt"].split("\n質問：")[1])
+
+    by_question, by_kind = {}, {}
+    for row in train:
+        by_question.setdefault(row["prompt"].split("\n質問：")[1], Counter())[row["completion"]] += 1
+        by_kind.setdefault(kind_of(row), Counter())[row["completion"]] += 1
+    kinds = {kind_of(row) for row in valid}
+    assert kinds == set(by_kind) and len(kinds) >= 4
+    asked = [row for row in valid if row["prompt"].split("\n質問：")[1] in by_question]
+    assert asked, "no validation question occurs in training: the look-up would be empty"
+    similar = [(bigrams(row["prompt"]), kind_of(row), row["completion"]) for row in train]
+
+    def nearest(row):
+        wanted, kind = bigrams(row["prompt"]), kind_of(row)
+        same_kind = ((shown, answer) for shown, shown_kind, answer in similar if shown_kind == kind)
+        return max(same_kind, key=lambda pair: len(wanted & pair[0]) / len(wanted | pair[0]))[1]
+
+    guesses = {
+        "question": [
+            by_question.get(row["prompt"].split("\n質問：")[1], by_kind[kind_of(row)]).most_common(1)[0][0]
+            for row in valid
+        ],
+        "kind": [by_kind[kind_of(row)].most_common(1)[0][0] for row in valid],
+        "nearest": [nearest(row) for row in valid[::2]],
+    }
+    asked_of = {"question": valid, "kind": valid, "nearest": valid[::2]}
+    limits = {"question": 0.2, "kind": 0.2, "nearest": 0.3}  # the last one sees the text, which has the answer in it
+    for name, answers in guesses.items():
+        right = [answer in row["answers"] for answer, row in zip(answers, asked_of[name], strict=True)]
+        assert sum(right) / len(right) < limits[name], (name, sum(right) / len(right))
+
+
+# ---- Preparation ----
+
+
+def jsquad_document(*paragraphs):
+    """A JSQuAD file: each paragraph is (title, context, [(id, question, answers)])."""
+    articles = []
+    for title, context, questions in paragraphs:
+        qas = [
+            {
+                "question": question,
+                "id": name,
+                "answers": [{"text": text, "answer_start": context.find(text)} for text in answers],
+                "is_impossible": False,
+            }
+            for name, question, answers in questions
+        ]
+        articles.append({"title": title, "paragraphs": [{"qas": qas, "context": context}]})
+    return {"data": articles}
+
+
+CHOICES = ["掲示板", "パソコン ", "マザーボード", "　ハードディスク", "まな板"]
+QUESTION = {
+    "q_id": 7,
+    "question": "主要な基板は？ ",
+    **{f"choice{n}": text for n, text in enumerate(CHOICES)},
+    "label": 2,
+}
+PAIR = {"sentence_pair_id": "3", "yjcaptions_id": "1-2-3", "sentence1": "猫がいます。", "sentence2": "動物がいます。"}
+SQUAD = jsquad_document(
+    ("梅雨", "梅雨 [SEP] 梅雨は雨季の一種である。5月から7月に来る。",
+     [("q0", "梅雨とは何季か? ", ["雨季", "雨季の一種", "雨季"]), ("q1", "いつか", ["5月", "5月から7月"])]),
+    ("題", "区切りのない段落。", [("q2", "何がない", ["区切り"])]),
+)  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A JGLUE directory with one validation file a task, an older version beside it."""
+    folder = tmp_path / "JGLUE"
+    write_lines(folder / "datasets/jsquad-v1.3/valid-v1.3.json", [SQUAD])
+    write_lines(folder / "datasets/jcommonsenseqa-v1.3/valid-v1.3.json", [QUESTION])
+    write_lines(folder / "datasets/jcommonsenseqa-v1.1/train-v1.1.json", [QUESTION])
+    write_lines(folder / "datasets/jnli-v1.10/valid-v1.10.json", [PAIR | {"label": "entailment"}])
+    write_lines(folder / "datasets/jnli-v1.9/valid-v1.9.json", [PAIR | {"label": "neutral"}])
+    write_lines(folder / "datasets/jsts-v1.3/valid-v1.3.json", [PAIR | {"label": 3}])
+    return folder
+
+
+def test_prompts_word_for_word(small, tmp_path, capsys):
+    prepare(small, tmp_path / "out")
+    shown = capsys.readouterr().out
+    text = "題名：梅雨\n文章：梅雨は雨季の一種である。5月から7月に来る。\n質問："
+    expected = {
+        "jsquad": [
+            {
+                "id": "q0",
+                "prompt": f"{text}梅雨とは何季か?\n答え：",
+                "completion": "雨季",
+                "answers": ["雨季", "雨季の一種", "雨季"],
+            },
+            {"id": "q1", "prompt": f"{text}いつか\n答え：", "completion": "5月", "answers": ["5月", "5月から7月"]},
+            {
+                "id": "q2",
+                "prompt": "文章：区切りのない段落。\n質問：何がない\n答え：",
+                "completion": "区切り",
+                "answers": ["区切り"],
+            },
+        ],
+        "jcommonsenseqa": [
+            {
+                "id": "7",
+                "prompt": "質問：主要な基板は？\n0：掲示板\n1：パソコン\n2：マザーボード\n3：ハードディスク\n"
+                "4：まな板\n正解の番号：",
+                "completion": "2",
+                "label": 2,
+                "choices": ["掲示板", "パソコン", "マザーボード", "ハードディスク", "まな板"],
+            }
+        ],
+        "jnli": [
+            {
+                "id": "3",
+                "prompt": "前提：猫がいます。\n仮説：動物がいます。\n関係（含意、矛盾、中立）：",
+                "completion": "含意",
+                "label": "entailment",
+            }
+        ],
+        "jsts": [
+            {
+                "id": "3",
+                "prompt": "文1：猫がいます。\n文2：動物がいます。\n意味の近さ（0.0から5.0）：",
+                "completion": "3.0",
+                "label": 3,
+            }
+        ],
+    }
+    for task, rows in expected.items():
+        assert read_lines(tmp_path / "out" / f"{task}_validation.jsonl") == rows
+        assert not (tmp_path / "out" / f"{task}_train.jsonl").exists()
+    assert re.search(r"jsquad +v1.3 +validation +3 rows", shown) and re.search(r"jsquad +v1.3 +train +not in", shown)
+    assert "v1.10" in shown and "v1.9" not in shown and "v1.1 " not in shown  # the newest, and no mixture of versions
+
+
+def test_splits_test_and_stale(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare(SAMPLE, out, "jsquad")
+    first = (out / "jsquad_train.jsonl").read_bytes()
+    prepare(SAMPLE, out, "jsquad")
+    assert (out / "jsquad_train.jsonl").read_bytes() == first
+    (out / "mine.txt").write_text("kept")
+    unanswered = {name: value for name, value in QUESTION.items() if name != "label"}
+    write_lines(small / "datasets/jcommonsenseqa-v1.3/test-v1.3.json", [unanswered])
+    write_lines(small / "datasets/jnli-v1.10/test-v1.10.json", [PAIR | {"label": "contradiction"}])
+    capsys.readouterr()
+    prepare(small, out)
+    shown = capsys.readouterr().out
+    assert not (out / "jsquad_train.jsonl").exists() and "removed" in shown  # the sample's would be of other data
+    assert (out / "mine.txt").read_text() == "kept" and not list(out.glob(".*"))
+    (row,) = read_lines(out / "jcommonsenseqa_test.jsonl")
+    assert set(row) == {"id", "prompt"} and "1 without an answer" in shown
+    assert read_lines(out / "jnli_test.jsonl")[0]["completion"] == "矛盾"
+
+
+def test_preparation_refuses(small, tmp_path, capsys):
+    out, datasets = tmp_path / "out", small / "datasets"
+    assert "not a directory" in refusal(capsys, prepare, tmp_path / "none", out)
+    shutil.rmtree(datasets / "jsts-v1.3")
+    error = refusal(capsys, prepare, small, out, "jsts")
+    assert "no jsts-vN.M" in error and "it has jcommonsenseqa-v1.1, jcommonsenseqa-v1.3, jnli-v1.10" in error
+    assert "holds datasets/" in refusal(capsys, prepare, datasets, out)
+    prepare(small, out)  # a missing task is said, not fatal, when all are asked for
+    assert "jsts            not in" in capsys.readouterr().out
+    (datasets / "jsts-v1.3").mkdir()
+    assert "neither" in refusal(capsys, prepare, small, out, "jsts")
+    cases = [
+        ("jsts", '{"sentence_pair_id": "1"}\n', "fields"),
+        ("jsts", json.dumps(PAIR | {"label": 6}), "label 6"),
+        ("jsts", json.dumps(PAIR | {"label": "3.0"}), "fields"),
+        ("jsts", json.dumps(PAIR), "no answer"),
+        ("jsts", json.dumps(PAIR | {"label": 1.0}) + "\n{oops\n", "line 2"),
+        ("jsts", "[1, 2]\n", "line 1"),
+        ("jsts", "\n", "no jsts question"),
+        ("jsts", (json.dumps(PAIR | {"label": 1.0}) + "\n") * 2, "more than once"),
+        ("jnli", json.dumps(PAIR | {"label": "含意"}), "fields"),
+        ("jcommonsenseqa", json.dumps(QUESTION | {"label": -1}), "label -1"),
+        ("jcommonsenseqa", json.dumps(QUESTION | {"label": 5}), "label 5"),
+        ("jcommonsenseqa", json.dumps(QUESTION | {"choice3": None}), "fields"),
+        ("jsquad", json.dumps({"data": [{"title": "x"}]}), "data > paragraphs > qas"),
+        ("jsquad", json.dumps({"data": [{"paragraphs": [{"qas": [3], "context": "x"}]}]}), "data > paragraphs > qas"),
+        ("jsquad", json.dumps([1]), "data > paragraphs > qas"),
+        ("jsquad", '{"data":\n [', "line 2"),
+        ("jsquad", json.dumps({"data": []}), "no jsquad question"),
+        ("jsquad", json.dumps(jsquad_document(("t", "文", [("q", "何", [])]))), "no answer"),
+        ("jnli", b"\x83\x65\x83\x58", "not UTF-8"),
+    ]
+    for task, content, expected in cases:
+        (version,) = {"jnli": ["v1.10"]}.get(task, ["v1.3"])
+        path = datasets / f"{task}-{version}" / f"valid-{version}.json"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert expected in refusal(capsys, prepare, small, out, task), (task, content)
+    (tmp_path / "file").write_text("")
+    assert "cannot be" in refusal(capsys, prepare, SAMPLE, tmp_path / "file" / "below")
+
+
+@pytest.mark.skipif("JGLUE_DIR" not in os.environ, reason="JGLUE_DIR does not name a checkout of JGLUE")
+def test_real_jglue(tmp_path):
+    source = Path(os.environ["JGLUE_DIR"])
+    prepare(source, tmp_path)
+    for path in sorted(tmp_path.glob("*_validation.jsonl")):
+        rows, task = read_lines(path), path.name.split("_")[0]
+        newest = max((source / "datasets").glob(f"{task}-v*/valid-*.json"))
+        if task == "jsquad":
+            articles = json.loads(newest.read_text(encoding="utf-8"))["data"]
+            records = [
+                (part["context"], q) for article in articles for part in article["paragraphs"] for q in part["qas"]
+            ]
+            for row, (context, question) in zip(rows, records, strict=True):
+                title, body = context.split(" [SEP] ", 1)
+                assert f"題名：{title}\n文章：{body}\n質問：{question['question'].strip()}\n答え：" == row["prompt"]
+                assert row["completion"] in context and row["completion"] in row["answers"]
+                assert row["answers"] == [answer["text"] for answer in question["answers"]]
+        else:
+            records = read_lines(newest)
+            assert [row["label"] for row in rows] == [record["label"] for record in records]
+            assert all(row["prompt"].endswith("：") for row in rows)
+        right = [row | {"generated_text": row["completion"]} for row in rows]
+        result = scores(tmp_path, task, right)
+        assert result["rows"] == len(records) and result["unreadable"] == 0
+        main = {"jsquad": "exact_match", "jsts": "pearson"}.get(task, "accuracy")
+        assert result[main] == pytest.approx(1.0)
+
+
+# ---- Scores ----
+
+
+def test_jsquad_scores(tmp_path):
+    cases = [  # generated, gold answers, exact match, F1 by hand
+        ("東京", ["東京"], 1, 1),
+        ("東京。", ["東京"], 1, 1),
+        ("東京", ["東京。。"], 1, 1),
+        ("JR東海", ["jr東海"], 1, 1),
+        ("a　 b", ["A b"], 1, 1),
+        ("ＪＲ", ["JR"], 0, 0),  # JGLUE does not fold widths
+        ("東京、", ["東京"], 0, 4 / 5),  # nor remove other punctuation
+        ("東京都", ["東京"], 0, 4 / 5),
+        ("京東", ["東京"], 0, 1),  # characters are counted, not ordered
+        ("ああい", ["あいい"], 0, 2 / 3),
+        ("5月から7月", ["5月", "7月", "5月から7月まで"], 0, 12 / 14),
+        ("大阪", ["東京"], 0, 0),
+        ("", ["東京"], 0, 0),
+        ("\n\n", ["東京"], 0, 0),
+        ("\n東京\n質問：次は", ["東京"], 1, 1),  # only the first line is the answer
+        ("東京 質問", ["東京"], 0, 4 / 7),  # a space is a character
+    ]
+    rows = [{"id": str(n), "answers": golds, "generated_text": text} for n, (text, golds, _, _) in enumerate(cases)]
+    for row, (text, golds, exact, f1) in zip(rows, cases, strict=True):
+        result = scores(tmp_path, "jsquad", [row])
+        assert (result["exact_match"], result["f1"]) == (exact, pytest.approx(f1)), (text, golds)
+    result = scores(tmp_path, "jsquad", rows)
+    assert result == {
+        "task": "jsquad",
+        "rows": len(cases),
+        "unreadable": 2,
+        "exact_match": pytest.approx(statistics.fmean(case[2] for case in cases)),
+        "f1": pytest.approx(statistics.fmean(case[3] for case in cases)),
+    }
+
+
+def slow_f1(left, right):
+    """Character F1 by striking out matches one by one, precision and recall kept apart."""
+    rest, same = list(right), 0
+    for character in left:
+        if character in rest:
+            rest.remove(character)
+            same += 1
+    if not same:
+        return 0.0
+    precision, recall = same / len(left), same / len(right)
+    return 2 * precision * recall / (precision + recall)
+
+
+def test_jsquad_scores_of_random_strings(tmp_path):
+    rng = random.Random(3)
+
+    def text():
+        return "".join(rng.choices("東京大阪AbC12", k=rng.randint(1, 8)))
+
+    rows = [
+        {"id": str(n), "answers": [text() for _ in range(rng.randint(1, 3))], "generated_text": text()}
+        for n in range(300)
+    ]
+    best = [max(slow_f1(row["generated_text"].lower(), gold.lower()) for gold in row["answers"]) for row in rows]
+    assert scores(tmp_path, "jsquad", rows)["f1"] == pytest.approx(statistics.fmean(best), abs=1e-12)
+
+
+def test_accuracy_and_what_cannot_be_read(tmp_path, capsys):
+    choices = ["掲示板", "パソコン", "マザーボード", "2号", "まな板"]
+    cases = [  # generated text, what it is read as
+        *((text, 2) for text in ("2", "２", " 2\n", "2：マザーボード", "2番です", "マザーボード", "マザーボード。")),
+        *(("まな板", 4), ("4", 4), ("0", 0)),
+        *((text, None) for text in ("10", "2.5", "5", "", "わからない", "ボード", "答えは2")),
+    ]
+    rows = [{"id": str(n), "choices": choices, "label": 2, "generated_text": text} for n, (text, _) in enumerate(cases)]
+    result = scores(tmp_path, "jcommonsenseqa", rows)
+    assert result["accuracy"] == pytest.approx(sum(read == 2 for _, read in cases) / len(cases))
+    assert result["unreadable"] == sum(read is None for _, read in cases) and result["commonest_label"] == 1
+    for number, (text, read) in enumerate(cases):  # each one is right exactly with the label it is read as
+        for label in range(5):
+            one = scores(tmp_path, "jcommonsenseqa", [rows[number] | {"label": label}])
+            assert one["accuracy"] == (label == read), (text, label)
+    cases = [
+        ("含意", "entailment"), ("矛盾です。", "contradiction"), ("neutral", "neutral"), ("Entailment", "entailment"),
+        ("含意、矛盾、中立", None), ("", None), ("はい", None), ("中立\n含意", "neutral"),
+    ]  # fmt: skip
+    labels = ["entailment", "contradiction", "neutral", "entailment", "neutral", "neutral", "neutral", "entailment"]
+    rows = [
+        {"id": n, "label": label, "generated_text": text}
+        for n, (label, (text, _)) in enumerate(zip(labels, cases, strict=True))
+    ]
+    result = scores(tmp_path, "jnli", rows)
+    assert (result["accuracy"], result["unreadable"], result["commonest_label"]) == (4 / 8, 3, 4 / 8)
+    shown = capsys.readouterr().out
+    assert "3 of 8 texts could not be read as an answer; they count as wrong" in shown and "0.5000" in shown
+
+
+def rank(values):
+    """Ranks by counting: equal values share the mean of the places they take."""
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
+
+
+def test_correlations(tmp_path, capsys):
+    rng = random.Random(5)
+    golds = [rng.randrange(26) / 5 for _ in range(200)]
+    texts = [f"{min(5, max(0, gold + rng.gauss(0, 1))):.1f}" for gold in golds]
+    rows = [
+        {"id": n, "label": gold, "generated_text": text}
+        for n, (gold, text) in enumerate(zip(golds, texts, strict=True))
+    ]
+    answers = [float(text) for text in texts]
+    result = scores(tmp_path, "jsts", rows)
+    assert 0.5 < result["pearson"] < 1 and result["unreadable"] == 0
+    assert result["pearson"] == pytest.approx(statistics.correlation(answers, golds), abs=1e-9)
+    assert result["spearman"] == pytest.approx(statistics.correlation(rank(answers), rank(golds)), abs=1e-9)
+    spoilt = {0: "", 1: "とても近い", 2: "5.1", 3: "-1", 4: "10", 5: "３．０点\n1.0"}
+    for n, text in spoilt.items():
+        rows[n]["generated_text"] = text
+        answers[n] = 3.0 if n == 5 else 2.5
+    capsys.readouterr()
+    result = scores(tmp_path, "jsts", rows)
+    assert result["unreadable"] == 5 and "they count as 2.5" in capsys.readouterr().out
+    assert result["pearson"] == pytest.approx(statistics.correlation(answers, golds), abs=1e-9)
+    assert result["spearman"] == pytest.approx(statistics.correlation(rank(answers), rank(golds)), abs=1e-9)
+    same = scores(tmp_path, "jsts", [row | {"generated_text": "x"} for row in rows])
+    assert same["pearson"] is None and same["spearman"] is None and same["unreadable"] == 200
+    assert "undefined" in capsys.readouterr().out
+
+
+def test_right_answers_score_one(prepared, tmp_path):
+    for task in TASKS:
+        rows = read_lines(prepared / f"{task}_validation.jsonl")
+        result = scores(tmp_path, task, [row | {"generated_text": row["completion"]} for row in rows])
+        values = [result[name] for name in ("exact_match", "f1", "accuracy", "pearson", "spearman") if name in result]
+        assert values == pytest.approx([1] * len(values)) and result["unreadable"] == 0 and result["rows"] == len(rows)
+        if task != "jsts":  # answers of other questions score about as badly as a guess
+            shifted = [
+                row | {"generated_text": other["completion"]}
+                for row, other in zip(rows, rows[7:] + rows[:7], strict=True)
+            ]
+            result = scores(tmp_path, task, shifted)
+            assert result.get("exact_match", result.get("accuracy")) < 0.6, task
+
+
+def test_scoring_refuses(prepared, tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    good = {task: read_lines(prepared / f"{task}_validation.jsonl")[0] | {"generated_text": "x"} for task in TASKS}
+    for task in TASKS:
+        for other in set(TASKS) - {task}:
+            write_lines(path, [good[other]])
+            assert f"--task {other}" in refusal(capsys, evaluate, task, path)
+        write_lines(path, [{name: value for name, value in good[task].items() if name != "generated_text"}])
+        assert "line 1 has no text in `generated_text`" in refusal(capsys, evaluate, task, path)
+        for spoilt in ({"generated_text": None}, {"generated_text": 3}):
+            assert "generated_text" in refusal(capsys, evaluate, task, write_lines(path, [good[task] | spoilt]))
+        bare = {"id": "1", "prompt": "x", "generated_text": "y"}
+        assert "prepare_jglue.py" in refusal(capsys, evaluate, task, write_lines(path, [bare]))
+        unnamed = {name: value for name, value in good[task].items() if name != "id"}
+        assert "prepare_jglue.py" in refusal(capsys, evaluate, task, write_lines(path, [unnamed]))
+        write_lines(path, [good[task], good[task] | {"id": "other"}, good[task]])
+        assert "line 3" in refusal(capsys, evaluate, task, path)
+    for spoilt in ({"answers": []}, {"answers": "x"}, {"answers": [1]}):
+        assert "jsquad answers" in refusal(capsys, evaluate, "jsquad", write_lines(path, [good["jsquad"] | spoilt]))
+    for spoilt in ({"label": 5}, {"label": "2"}, {"label": None}, {"choices": ["a"]}):
+        write_lines(path, [good["jcommonsenseqa"] | spoilt])
+        assert "error" in refusal(capsys, evaluate, "jcommonsenseqa", path)
+    path.write_text(json.dumps(good["jnli"]) + '\n\n{"id": \n')
+    assert "line 3 is not JSON" in refusal(capsys, evaluate, "jnli", path)
+    path.write_text("3\n")
+    assert "no object" in refusal(capsys, evaluate, "jnli", path)
+    path.write_text("\n")
+    assert "empty" in refusal(capsys, evaluate, "jnli", path)
+    path.write_bytes(b"\x83\x65\n")
+    assert "UTF-8" in refusal(capsys, evaluate, "jnli", path)
+    assert "cannot be read" in refusal(capsys, evaluate, "jnli", tmp_path / "none.jsonl")
+    assert "cannot be read" in refusal(capsys, evaluate, "jnli", tmp_path)
+    write_lines(path, [good["jnli"]])
+    assert "cannot be written" in refusal(capsys, evaluate, "jnli", path, f"--output_file={path}/below.json")
+
+
+def test_alone_in_an_empty_folder(prepared, tmp_path):
+    """Copies of the scripts need nothing of the project but data, and --help is quick."""
+    write_lines(
+        tmp_path / "p.jsonl", [row | {"generated_text": "1"} for row in read_lines(prepared / "jsts_validation.jsonl")]
+    )
+    runs = {
+        "make_sample": ["--output_dir", "made"],
+        "prepare_jglue": ["--jglue_dir", "made", "--output_dir", "out"],
+        "evaluate_jglue": ["--task", "jsts", "--prediction_file", "p.jsonl"],
+    }
+    for name, arguments in runs.items():
+        copy = shutil.copy(JGLUE / f"{name}.py", tmp_path)
+        done = subprocess.run([sys.executable, copy, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout, done.stderr
+        typo = subprocess.run([sys.executable, copy, "--tsk", "x"], cwd=tmp_path, capture_output=True, text=True)
+        assert typo.returncode == 2 and "error:" in typo.stderr and "Traceback" not in typo.stderr
+    assert len(read_lines(tmp_path / "out" / "jnli_train.jsonl")) > 100
