@@ -383,29 +383,31 @@ def make_batches(args, prompts):
 def answer_file(args, model, tokenizer, rows, prompts, answers):
     """Answer the rows that have no answer yet, keep each batch's as they come, and write them all in order."""
     output, partial = Path(args.output_file), Path(args.output_file + ".partial")
-    began, last, before, tokens, cut = time.time(), time.time(), len(answers), 0, 0
+    todo, before, tokens, cut, done = {}, len(answers), 0, 0, 0
+    for number, batch in enumerate(make_batches(args, prompts)):
+        left = [i for i in batch if i not in answers]
+        if left:
+            todo[number] = batch if args.do_sample else left  # what is drawn depends on the whole batch
+    work = {number: sum(len(prompts[i]) + args.max_new_tokens for i in batch) for number, batch in todo.items()}
+    began = last = time.time()
     with partial.open("a", encoding="utf-8") as file:
-        for number, batch in enumerate(make_batches(args, prompts)):
-            left = [i for i in batch if i not in answers]
-            if not left:
-                continue
-            left = batch if args.do_sample else left  # what is drawn depends on the whole batch
-            results, new, unended = generate(args, model, tokenizer, [prompts[i] for i in left], number)
-            answers |= zip(left, results, strict=True)
-            file.write("".join(json.dumps([i, answers[i]]) + "\n" for i in left))
+        for number, batch in todo.items():
+            results, new, unended = generate(args, model, tokenizer, [prompts[i] for i in batch], number)
+            answers |= zip(batch, results, strict=True)
+            file.write("".join(json.dumps([i, answers[i]]) + "\n" for i in batch))
             file.flush()
-            tokens, cut, seconds = tokens + new, cut + unended, time.time() - began
-            if time.time() - last > 30:
-                last, rate = time.time(), (len(answers) - before) / seconds
-                eta = int((len(rows) - len(answers)) / rate)
-                note("answer", f"{len(answers)}/{len(rows)}  {rate:.2f} answers/s  {tokens / seconds:,.0f} tok/s  "
-                               f"left {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}")  # fmt: skip
+            tokens, cut, done, now = tokens + new, cut + unended, done + work[number], time.time()
+            if now - last > 30:
+                last, rate = now, (len(answers) - before) / (now - began)
+                left = int((now - began) * (sum(work.values()) - done) / done)
+                note("answer", f"{len(answers):,}/{len(rows):,}  {rate:,.1f} answers/s  left "
+                               f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}")  # fmt: skip
+    seconds = time.time() - began
     with Path(f"{output}.tmp").open("w", encoding="utf-8", errors="backslashreplace") as file:
         for i, row in enumerate(rows):
             file.write(json.dumps(row | answers[i], ensure_ascii=False, default=str) + "\n")
     Path(f"{output}.tmp").replace(output)
     partial.unlink()
-    seconds = time.time() - began
     note("done", f"{len(rows):,} rows in {output}; {len(rows) - before:,} answered now, in {seconds:,.0f} s, "
                  f"{tokens / seconds:,.0f} tok/s; {cut:,} answers cut off before a stop token")  # fmt: skip
 
