@@ -43,7 +43,7 @@ def main(argv=None):
     shape, rows, prompts = ("messages", [], []) if args.chat else read_prompts(args, tokenizer, config)
     answers = find_answers(args, settings_of(args, config, precision)) if args.prompt_file else {}
     try:
-        model = load_model(args, precision)
+        model = load_model(args, precision, len(tokenizer))
         set_generation(args, model, tokenizer, is_chat=shape != "prompt")
         print_banner(args, model, tokenizer, f"{precision} ({reason})", prompts)
         if args.chat:
@@ -212,7 +212,7 @@ def read_prompts(args, tokenizer, config):
         if len(ids) >= args.positions:
             fail(f"{place}: the prompt's {len(ids):,} tokens leave no room for an answer in the {args.positions:,} "
                  "positions of this model. Shorten it.")  # fmt: skip
-        if max(ids) >= config.vocab_size:
+        if max(ids) >= config.vocab_size and args.base == args.model_name_or_path:  # an adapter may bring new rows
             fail(f"{place}: the tokenizer makes the id {max(ids)}, but the embedding has {config.vocab_size} rows. "
                  "The tokenizer is of another model.")  # fmt: skip
         rows.append(row)
@@ -264,8 +264,11 @@ def load_tokenizer(args):
     return tokenizer, config
 
 
-def load_model(args, precision):
-    """The model, quantised and with its adapter where asked for; refuse one that would answer at random."""
+def load_model(args, precision, tokens):
+    """The model, quantised and with its adapter where asked for; refuse one that would answer at random.
+
+    `tokens` is the size of the tokenizer: an adapter may have brought new ones.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -284,11 +287,7 @@ def load_model(args, precision):
         modeling_falcon.FalconLinear = torch.nn.Linear  # the same layer, but the quantiser passes over subclasses
     try:
         model, info = AutoModelForCausalLM.from_pretrained(args.base, output_loading_info=True, **options)
-        if args.base != args.model_name_or_path:
-            from peft import PeftModel
-
-            warnings.filterwarnings("error", ".*missing adapter keys")
-            model = PeftModel.from_pretrained(model, args.model_name_or_path)
+        model = model if args.base == args.model_name_or_path else add_adapter(args, model, tokens)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
@@ -298,6 +297,60 @@ def load_model(args, precision):
     if "quantization_config" in options and not count_quantised(model):
         fail(f"no layer of {args.base} ({model.config.model_type}) was quantised: it would take the full memory. "
              "Leave --load_in_8bit and --load_in_4bit out.")  # fmt: skip
+    return model
+
+
+# Copied from finetune_lora/finetune_lora.py
+def fingerprint(name):
+    """A hash over 16 entries of each tensor of a checkpoint; the same in any file format and dtype that loses nothing.
+
+    It tells the base that an adapter was trained on from another model of the same shape. None without weight files.
+    """
+    from zipfile import is_zipfile
+
+    import torch
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    directory, samples = Path(cached_file(name, "config.json")).parent, set()
+    files = sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
+    for file in files:
+        is_safe = file.suffix == ".safetensors"  # either way only what is looked at is read
+        tensors = load_file(file) if is_safe else torch.load(file, "cpu", mmap=is_zipfile(file), weights_only=True)
+        for tensor in tensors.values():
+            samples.add(tensor.flatten()[:: max(1, tensor.numel() // 16)].to(torch.float32).numpy().tobytes())
+    return hashlib.sha256(b"".join(sorted(samples))).hexdigest() if files else None
+
+
+# Copied from finetune_lora/finetune_lora.py
+def read_facts(directory):
+    """What save_adapter wrote about the base; empty where something else made the adapter."""
+    path = Path(directory) / "base_model.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def add_adapter(args, model, tokens):
+    """The model with its adapter and, where that brings new tokens, rows for them."""
+    import torch
+    from peft import PeftModel
+
+    facts = read_facts(args.model_name_or_path)
+    if facts.get("fingerprint") not in (None, fingerprint(args.base)):
+        fail(f"{args.base} is not what the adapter was trained on ({facts['base_model']}), or that has changed: "
+             "the answers would be nonsense. Put the right one into its adapter_config.json.")  # fmt: skip
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    ends = [model.get_input_embeddings().weight.data[rows:], model.get_output_embeddings().weight.data[rows:]]
+    for weight in ends:
+        weight.fill_(torch.nan)  # so that a row that the adapter does not bring shows
+    warnings.filterwarnings("error", ".*missing adapter keys")  # peft would go on without them
+    model = PeftModel.from_pretrained(model, args.model_name_or_path)
+    new = torch.arange(tokens, device=model.device)[rows:][-16:]
+    if tokens > rows and model(input_ids=new[None]).logits.isnan().any():
+        raise ValueError(f"its tokenizer has {tokens - rows} tokens that neither it nor {args.base} has weights for")
+    for weight in ends:
+        weight.zero_()  # what the base makes of them, for --compare_base
     return model
 
 

@@ -482,9 +482,43 @@ def test_adapter_may_bring_its_tokenizer_and_stop_tokens(tmp_path, capsys, adapt
     tokenizer.save_pretrained(tmp_path / "adapter")
     new = greedy(merged, tokenizer("質問")["input_ids"], 4, {})
     GenerationConfig(eos_token_id=[new[3], 2]).save_pretrained(tmp_path / "adapter")
+    facts = {"base_model": "base", "fingerprint": script.fingerprint(str(base))}
+    (tmp_path / "adapter" / "base_model.json").write_text(json.dumps(facts))
     assert run("--model_name_or_path", tmp_path / "adapter", "--prompt", "質問", "--max_new_tokens", 8) == 0
     end = new.index(new[3])
     assert end > 0 and capsys.readouterr().out == tokenizer.decode(new[:end], skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mpt"])
+def test_adapter_may_bring_new_tokens(tmp_path, capsys, checkpoints, kind):
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints[kind])
+    tokenizer.add_tokens(["<甲>", "<乙>"])
+    names = {"llama": ("embed_tokens", "lm_head"), "qwen3": ("embed_tokens",), "mpt": ("wte",)}[kind]  # tied: one end
+    for brings in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(checkpoints[kind])
+        model.resize_token_embeddings(302, mean_resizing=False)
+        rows = {name: [300, 301] for name in names} if brings else None
+        torch.manual_seed(2)
+        settings = LoraConfig(target_modules="all-linear", init_lora_weights=False, trainable_token_indices=rows)
+        model = get_peft_model(model, settings).eval()
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                torch.nn.init.normal_(parameter, std=0.5)  # so large that the new tokens are drawn
+        directory = tmp_path / str(brings)
+        model.save_pretrained(directory, save_embedding_layers=False)
+        tokenizer.save_pretrained(directory)
+        code = run("--model_name_or_path", directory, "--prompt", "質問<甲>", "--max_new_tokens", 8, "--compare_base")
+        out, error = capsys.readouterr()
+        if not brings:
+            assert code == 2 and "2 tokens that neither it nor" in error.splitlines()[-1]
+            continue
+        new = greedy(model, tokenizer("質問<甲>")["input_ids"], 8, {0, model.generation_config.eos_token_id})
+        answer, base = out.removeprefix("--- generated_text\n").split("\n--- base_generated_text\n")
+        assert code == 0 and answer == tokenizer.decode(new, skip_special_tokens=True)
+        assert kind != "llama" or {300, 301} & {*new}
+        assert "<甲>" not in base and "<乙>" not in base
 
 
 @pytest.mark.parametrize("kind", ["llama", "falcon"])
@@ -530,7 +564,7 @@ def test_a_driver_without_a_visible_gpu_is_no_cpu_node(monkeypatch, capsys):
 def test_weights_have_the_precision(checkpoints, precision):
     args = script.parse(["--model_name_or_path", checkpoints["gpt2"], "--precision", precision])
     args.base = args.model_name_or_path
-    model = script.load_model(args, script.choose_precision(args)[0])
+    model = script.load_model(args, script.choose_precision(args)[0], 300)
     assert model.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
@@ -578,6 +612,7 @@ BAD = [
     ("--model_name_or_path {lost} --prompt a", "base model ../lost of this adapter"),
     ("--model_name_or_path {baseless} --prompt a", "base_model_name_or_path"),
     ("--model_name_or_path {misfit} --prompt a", "cannot be loaded"),
+    ("--model_name_or_path {changed} --prompt a", "is not what the adapter was trained on (old)"),
     ("--model_name_or_path {empty_adapter} --prompt a", "missing adapter keys"),
     ("--model_name_or_path {gpt2}", "exactly one of"),
     (ONE + "--chat", "exactly one of"),
@@ -608,7 +643,7 @@ def places(tmp_path_factory, checkpoints, adapter):
         (tmp / name).write_bytes(content)
     for name in ("cut", "lacking", "foreign", "old"):
         shutil.copytree(checkpoints["gpt2"], tmp / name)
-    for name in ("lost", "baseless", "misfit", "empty_adapter"):
+    for name in ("lost", "baseless", "misfit", "changed", "empty_adapter"):
         shutil.copytree(adapter[0], tmp / name)
     weights = tmp / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -623,6 +658,8 @@ def places(tmp_path_factory, checkpoints, adapter):
     set_base(tmp / "baseless", None)
     set_base(tmp / "misfit", checkpoints["gpt2"])
     set_base(tmp / "empty_adapter", str(adapter[1]))
+    set_base(tmp / "changed", str(adapter[1]))
+    (tmp / "changed" / "base_model.json").write_text('{"base_model": "old", "fingerprint": "0"}')
     save_file({}, tmp / "empty_adapter" / "adapter_model.safetensors")
     return {"tmp": tmp, "gpt2": checkpoints["gpt2"], **{path.name: path for path in tmp.iterdir() if path.is_dir()}}
 
