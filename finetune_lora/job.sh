@@ -15,7 +15,8 @@ source ../jobs/env.sh || exit
 
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
 # QLoRA, the base in 4 bit: ARGS="--load_in_4bit true". A plain model of the result: python merge_lora.py, see --help.
-[[ -n ${MODEL:-} ]] || ARGS="--learning_rate 1e-3 ${ARGS:-}" # good for the small new model, ruinous for a trained one
+[[ -n ${MODEL:-} ]] || # for the small new model; such a rate would ruin a trained one
+  ARGS="--learning_rate 3e-3 --warmup_steps 50 --per_device_train_batch_size 32 --num_train_epochs 5 ${ARGS:-}"
 MODEL=${MODEL:-../tiny_model/output/llama}
 [[ -n ${TRAIN_FILE:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
 TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jsquad_train.jsonl}
@@ -29,7 +30,7 @@ LAUNCH=(python)
 if ((GPUS > 1)) || [[ -n ${DEEPSPEED:-} ]]; then LAUNCH=(torchrun --standalone --nproc_per_node "$GPUS"); fi
 ((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
 "${LAUNCH[@]}" finetune_lora.py --model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR" \
-  --save_steps 100 --save_total_limit 2 "${WORDS[@]}" "$@"
+  --save_steps 200 --save_total_limit 2 "${WORDS[@]}" "$@"
 status=$?
 ((status == 0 || GPUS < 2)) || echo "failed    on $(hostname), status $status; the Root Cause above names the rank" >&2
 exit "$status"
