@@ -1,5 +1,5 @@
 #!/bin/bash
-# Train a LoRA adapter on a model. From this directory: qsub -P GROUP job.sh   (by hand: bash job.sh)
+# Train a LoRA adapter, QLoRA with ARGS="--load_in_4bit true". From here: qsub -P GROUP job.sh   (by hand: bash job.sh)
 # Submitted again, it goes on from its last checkpoint. With the 8 GPUs of a node: qsub -P GROUP -q rt_HF job.sh
 #PBS -N finetune_lora
 #PBS -q rt_HG
@@ -14,7 +14,6 @@ if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$
 source ../jobs/env.sh || exit
 
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
-# QLoRA, the base in 4 bit: ARGS="--load_in_4bit true". A plain model of the result: python merge_lora.py, see --help.
 [[ -n ${MODEL:-} ]] || # for the small new model; such a rate would ruin a trained one
   ARGS="--learning_rate 3e-3 --warmup_steps 50 --per_device_train_batch_size 32 --num_train_epochs 5 ${ARGS:-}"
 MODEL=${MODEL:-../tiny_model/output/llama}
