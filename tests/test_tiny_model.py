@@ -289,9 +289,11 @@ def test_alone_in_an_empty_folder(text_file, tmp_path):
         "--vocab_size",
         "300",
     ]
-    done = subprocess.run([sys.executable, copy, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, copy, *arguments], cwd=tmp_path, capture_output=True, text=True, umask=0o027)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "new" / "deep" / "model.safetensors").is_file()
+    assert done.stdout.startswith("model ") and len(done.stdout.splitlines()) == 5 and not done.stderr
+    for path in (tmp_path / "new" / "deep" / "model.safetensors", tmp_path / "new" / "deep" / "config.json"):
+        assert path.stat().st_mode & 0o777 == 0o640, "the group must be able to read what a job writes"
     heavy = {"torch", "transformers", "tokenizers", "sentencepiece"}
     look = f"import runpy, sys\nsys.argv = ['x', '--help']\ntry:\n runpy.run_path({copy!r}, run_name='__main__')\n"
     look += f"except SystemExit:\n print(sorted({heavy} & set(sys.modules)))"

@@ -207,7 +207,7 @@ def train_sentencepiece(args, texts, folder):
     from io import BytesIO
 
     import sentencepiece
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
     lines = [line for text in texts for line in text.split("\n")]
@@ -245,14 +245,13 @@ def train_sentencepiece(args, texts, folder):
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<unk>",  # id 0, as in OpenLLaMA; byte fallback leaves <unk> without any other use
-        add_bos_token=True,
+        add_bos_token=True,  # writes it into tokenizer.json
         model_max_length=args.max_position_embeddings,
     )
 
@@ -362,6 +361,7 @@ def print_summary(args, texts, made):
 
 def main(argv=None):
     args = parse_args(argv)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, would guess and warn
     texts = read_texts(args.text_file)
     record = check_output_dir(args)
     folder = make_workspace(args.output_dir)
@@ -369,7 +369,9 @@ def main(argv=None):
         made = write_checkpoint(args, texts, record, folder)
         mask = os.umask(0)
         os.umask(mask)
-        folder.chmod(0o777 & ~mask)  # mkdtemp made it readable by its owner only
+        folder.chmod(0o777 & ~mask)  # mkdtemp and safetensors write for the owner only
+        for path in folder.iterdir():
+            path.chmod(0o666 & ~mask)
         folder.rename(args.output_dir)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
