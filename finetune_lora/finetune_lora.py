@@ -1065,6 +1065,10 @@ def check_model(script, tokenizer, model, info):
         fail(f"{type(model).__name__} takes no `logits_to_keep`, which this script's loss needs.")
     model.loss_type = "ForCausalLM"  # gpt2 names none, and its loss would be divided by the wrong number of tokens
     model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, turn_end_id(tokenizer)})
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature or the like without do_sample: nothing could be saved
+        model.generation_config.do_sample = True
 
 
 # Copied from finetune_full/finetune_full.py

@@ -183,8 +183,10 @@ def save(args, adapter, base, model, tokenizer, dtype):
 
     if (adapter / "generation_config.json").is_file():  # with the tokens that end an answer
         model.generation_config = GenerationConfig.from_pretrained(adapter)
-    if model.generation_config.temperature is not None or model.generation_config.top_p is not None:
-        model.generation_config.do_sample = True  # as meant; without it saving is refused
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature or the like without do_sample: nothing could be saved
+        model.generation_config.do_sample = True
     for parameter in model.parameters():
         parameter.data = parameter.data.to(
             {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
