@@ -164,14 +164,13 @@ def prepare_embeddings(model, saved, tokens):
 
 
 def merge(args, model):
+    """The base with the adapter added to its weights; refuses an adapter that makes them infinite or NaN."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = model.merge_and_unload(safe_merge=True)
+            return model.merge_and_unload(safe_merge=True)
         except ValueError as error:
             fail(f"{args.adapter_name_or_path} cannot be merged: {str(error)[:200]}")
-    model.config.tie_word_embeddings = is_tied(model)
-    return model
 
 
 def save(args, adapter, base, model, tokenizer, dtype):
@@ -183,10 +182,6 @@ def save(args, adapter, base, model, tokenizer, dtype):
 
     if (adapter / "generation_config.json").is_file():  # with the tokens that end an answer
         model.generation_config = GenerationConfig.from_pretrained(adapter)
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # a temperature or the like without do_sample: nothing could be saved
-        model.generation_config.do_sample = True
     for parameter in model.parameters():
         parameter.data = parameter.data.to(
             {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]

@@ -109,6 +109,8 @@ def test_loss_is_that_of_base_plus_adapter(kind, script, checkpoints, train_file
     more = [*ZERO, "--validation_file", train_file, "--lora_r", 4, "--lora_alpha", 6]
     base = make_decided(checkpoints[kind], tmp_path / "base")
     found = run(script, base, train_file, tmp_path / "out", *more, "--gradient_accumulation_steps", 4)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 6, 0)
     model = by_hand(base, tmp_path / "out")
     model.save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "merged")

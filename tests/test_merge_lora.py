@@ -245,7 +245,7 @@ def test_an_adapter_of_unknown_origin(merge, checkpoints, tmp_path, capsys):
 
 
 def test_what_comes_along(merge, checkpoints, tmp_path, capsys):
-    """The sentencepiece file, the chat template, generation settings (which saving would refuse as they are)."""
+    """The sentencepiece file, the chat template, the generation settings."""
     base = tmp_path / "base"
     shutil.copytree(checkpoints["llama"], base)
     (base / "tokenizer.model").write_bytes(b"sentencepiece")
