@@ -16,6 +16,7 @@ Follows       https://huggingface.co/docs/transformers/main_classes/trainer
 """
 
 import argparse
+import hashlib
 import inspect
 import json
 import math
@@ -24,6 +25,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from bisect import bisect_left, insort
 from collections import Counter
 from copy import deepcopy
@@ -349,9 +351,46 @@ def head_adapter(model):
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     if Path(model.name_or_path).is_dir():
         model.name_or_path = str(Path(model.name_or_path).resolve())  # the adapter finds it from anywhere
-    say("adapter", "the result holds the head alone; generate_text.py loads it with the base model")
+    facts = {"base_model": model.name_or_path, "trained_on": "8 bit", "fingerprint": fingerprint(model.name_or_path)}
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=DUMMY_TARGET_MODULES, modules_to_save=[head])
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, config)
+    adapted.save_pretrained = partial(save_adapter, adapted, facts)
+    say("adapter", "the result holds the head alone; generate_text.py uses it with the base, merge_lora.py joins them")
+    return adapted
+
+
+# Copied from finetune_lora/finetune_lora.py
+def fingerprint(name):
+    """A hash over 16 entries of each tensor of a checkpoint; the same in any file format and dtype that loses nothing.
+
+    It tells the base that an adapter was trained on from another model of the same shape. None without weight files.
+    """
+    from zipfile import is_zipfile
+
+    import torch
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    directory, samples = Path(cached_file(name, "config.json")).parent, set()
+    files = sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
+    for file in files:
+        is_safe = file.suffix == ".safetensors"  # either way only what is looked at is read
+        tensors = load_file(file) if is_safe else torch.load(file, "cpu", mmap=is_zipfile(file), weights_only=True)
+        for tensor in tensors.values():
+            samples.add(tensor.flatten()[:: max(1, tensor.numel() // 16)].to(torch.float32).numpy().tobytes())
+    return hashlib.sha256(b"".join(sorted(samples))).hexdigest() if files else None
+
+
+# Copied from finetune_lora/finetune_lora.py
+def save_adapter(model, facts, directory, is_main_process=True, **options):
+    """save_pretrained, but without the whole embeddings when they grew, and with what generation and merging need."""
+    options |= {"save_embedding_layers": False, "is_main_process": is_main_process}
+    type(model).save_pretrained(model, directory, **options)
+    if is_main_process:
+        model.generation_config.save_pretrained(directory)
+        (Path(directory) / "base_model.json").write_text(json.dumps(facts, indent=1), "utf-8")
 
 
 # ---- Data: file of examples -> token ids and labels -> rows -> batches ----

@@ -243,6 +243,8 @@ def test_8bit_base(kind, script, checkpoints, train_file, tmp_path, capsys):
     assert ((head - old).abs() > 1e-4).float().mean() > 0.99
     assert found["trainable_parameters"] == old.numel()
     assert not (tmp_path / "model.safetensors").exists()
+    facts = json.loads((tmp_path / "base_model.json").read_text())
+    assert (facts["base_model"], facts["trained_on"]) == (checkpoints[kind], "8 bit")
     model = PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.equal(model.get_output_embeddings()(torch.eye(32)), head.T.contiguous())
     assert model.get_input_embeddings().weight.data_ptr() != model.get_output_embeddings().weight.data_ptr()
