@@ -3,8 +3,8 @@
 
 Learns plain text (`text`) or answers only (`prompt`+`completion`, `instruction`+`input`+`output`, `messages`).
 All weights are kept in fp32, so that what is frozen is saved bit by bit as it was: 4 bytes per parameter, and 12 more
-for gradient and Adam's two moments of each trained one. With the last layer alone that is 55 GB for 13 billion
-parameters (computed), 17 GB with --load_in_8bit, and the backward pass ends where it began, at the last layer.
+for gradient and Adam's two moments of each trained one. The last layer of a Llama of 13 billion parameters takes 54 GB
+(computed), 17 GB with --load_in_8bit; the backward pass ends at the last layer, so the others keep no activations.
 
 By hand       python finetune_lastlayer.py --model_name_or_path MODEL --train_file train.jsonl --output_dir output
 Another part  ... --train last_block | input_output | new_tokens --new_tokens "<a>,<b>" | 'layers\\.(30|31)\\.'
