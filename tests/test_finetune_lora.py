@@ -133,7 +133,7 @@ BASES = {"fp32": [], "bf16": ["--precision", "bf16"], "8bit": ["--load_in_8bit",
          "4bit": ["--load_in_4bit", "true"]}  # fmt: skip
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", ["bf16", "8bit", "4bit"])  # fp32 is what the other tests train on
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "falcon", "mpt", "llama", "qwen3"])
 def test_every_matrix_gets_a_gradient(kind, base, script, checkpoints, train_file, tmp_path, seen, capsys):
     """From the second step on (in the first B is zero, and A has none); what is quantised is said, Falcon included."""
