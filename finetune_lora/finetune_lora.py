@@ -231,7 +231,7 @@ def load_base(script, training, tokenizer, new_tokens, resume):
         model.name_or_path = str(Path(script.model_name_or_path).resolve())  # the adapter finds it from anywhere
     kind = f"{bits} bit" if bits else training.precision
     rest = f" in {len(quantised)} of {len(linear_layers(model))} linear layers, else {training.precision}"
-    say("base", f"{kind}{rest if bits else ''}; frozen; {model.get_memory_footprint() / 2**30:.2f} GiB")
+    say("base", f"{kind}{rest if bits else ''}; frozen; {model.get_memory_footprint() / 2**20:,.1f} MiB")
     facts = {"base_model": model.name_or_path, "trained_on": kind, "fingerprint": fingerprint(model.name_or_path)}
     before = read_facts(resume) if resume else {}
     if before.get("fingerprint", facts["fingerprint"]) != facts["fingerprint"]:

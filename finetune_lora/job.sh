@@ -14,8 +14,8 @@ if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$
 source ../jobs/env.sh || exit
 
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
-[[ -n ${MODEL:-} ]] || # for the small new model; such a rate would ruin a trained one
-  ARGS="--learning_rate 3e-3 --warmup_steps 50 --per_device_train_batch_size 32 --num_train_epochs 5 ${ARGS:-}"
+[[ -n ${MODEL:-} ]] || # for the small new model, whose head is still random; such a rate would ruin a trained one
+  ARGS="--modules_to_save lm_head --learning_rate 3e-3 --per_device_train_batch_size 32 --num_train_epochs 4 ${ARGS:-}"
 MODEL=${MODEL:-../tiny_model/output/llama}
 [[ -n ${TRAIN_FILE:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
 TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jsquad_train.jsonl}
