@@ -500,6 +500,11 @@ class FineTuner(Trainer):
         self.model.config.use_cache = True  # switched off for training; whoever loads the result wants it
         super().save_model(output_dir, _internal_call)
         self.model.config.use_cache = False
+        if self.args.should_save:
+            mask = os.umask(0)
+            os.umask(mask)
+            for path in Path(output_dir or self.args.output_dir).glob("*.safetensors"):
+                path.chmod(0o666 & ~mask)  # safetensors writes for the owner only
 
 
 class Progress(TrainerCallback):

@@ -24,6 +24,7 @@ from pathlib import Path
 def main(argv=None):
     args = parse(argv)
     check_output(args)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, would guess and warn
     adapter = find_adapter(args)
     from transformers.utils import logging  # from here on it takes seconds
 
@@ -191,6 +192,10 @@ def save(args, adapter, base, model, tokenizer, dtype):
     try:
         model.save_pretrained(written)
         tokenizer.save_pretrained(written)
+        mask = os.umask(0)
+        os.umask(mask)
+        for path in written.glob("*.safetensors"):
+            path.chmod(0o666 & ~mask)  # safetensors writes for the owner only
         for name in ("tokenizer.model", "spiece.model"):  # transformers reads these, and writes tokenizer.json alone
             quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
             source = adapter / name if (adapter / name).is_file() else cached_file(base, name, **quiet)
