@@ -375,6 +375,8 @@ def test_what_a_run_leaves(script, checkpoints, train_file, tmp_path, monkeypatc
     for name, key in {"adapter_config.json": "base_model_name_or_path", "base_model.json": "base_model"}.items():
         assert json.loads((tmp_path / "one" / name).read_text())[key] == str(tmp_path / "base")
     assert json.loads((tmp_path / "one" / "generation_config.json").read_text())["eos_token_id"] in (0, [0])
+    weights = [path.stat().st_mode & 0o777 for path in (tmp_path / "one").glob("*.safetensors")]
+    assert weights == [(tmp_path / "one" / "tokenizer.json").stat().st_mode & 0o777]  # others of the group read it
     script.main([str(tmp_path / "one" / "run_args.yaml"), "--output_dir", "again"])
     assert same_adapter(tmp_path / "one", tmp_path / "again")
 

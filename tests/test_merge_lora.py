@@ -269,6 +269,8 @@ def test_what_comes_along(merge, checkpoints, tmp_path, capsys):
     assert (tmp_path / "o" / "tokenizer.model").read_bytes() == b"sentencepiece"
     assert AutoTokenizer.from_pretrained(tmp_path / "o").chat_template == "{{ messages[0].content }}"
     assert json.loads((tmp_path / "o" / "generation_config.json").read_text()).items() >= generation.items()
+    modes = {(tmp_path / "o" / name).stat().st_mode & 0o777 for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1  # who may read the one may read the other
     # an adapter that was never trained gives the base, and that is said
     state = load_file(adapter / "adapter_model.safetensors")
     zero = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in state.items()}
