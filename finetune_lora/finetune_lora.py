@@ -496,7 +496,7 @@ def encode(tokenizer, pieces):
 def turn_end_id(tokenizer):
     """The special token that ends an assistant's turn in the chat template: there generation stops."""
     turn = chat_pieces(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    special = [label for label in encode(tokenizer, turn)[1] if label in tokenizer.all_special_ids]
+    special = [label for label in encode(tokenizer, turn or [])[1] if label in tokenizer.all_special_ids]
     if not special:
         fail("the chat template ends an assistant's turn with no special token, so the model would never learn to "
              "stop. Put eos_token behind the answer in the tokenizer's chat_template.")  # fmt: skip

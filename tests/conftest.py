@@ -1,7 +1,9 @@
 """Small checkpoints of each architecture, made once per test run, and rows to train on."""
 
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,12 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def train_file(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", ROWS)
+
+
+def load_script(path):
+    """A script as a module; once per test run, since Trainer pickles its arguments by module name."""
+    if getattr(sys.modules.get(path.stem), "__file__", None) != str(path):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[path.stem]

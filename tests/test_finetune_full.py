@@ -1,6 +1,5 @@
 """finetune_full.py against an independent calculation: one example at a time, from the raw row, plain torch."""
 
-import importlib.util
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, ROOT, ROWS, make_tokenizer, write_jsonl
+from conftest import CONFIGS, ROOT, ROWS, load_script, make_tokenizer, write_jsonl
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -30,14 +29,6 @@ PACKS = {
     "llama": True,
     "qwen3": True,
 }
-
-
-def load_script(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

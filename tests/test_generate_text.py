@@ -1,6 +1,5 @@
 """generate_text.py against plain forward passes, its own restarts, and bad input."""
 
-import importlib.util
 import io
 import json
 import os
@@ -14,20 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, ROWS, make_checkpoint, make_tokenizer, write_jsonl
+from conftest import CONFIGS, ROOT, ROWS, load_script, make_checkpoint, make_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 SCRIPT = ROOT / "generate_text" / "generate_text.py"
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script, finetune = load(SCRIPT), load(ROOT / "finetune_full" / "finetune_full.py")
+script, finetune = load_script(SCRIPT), load_script(ROOT / "finetune_full" / "finetune_full.py")
 
 
 def run(*arguments):
