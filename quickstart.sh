@@ -68,5 +68,6 @@ if [[ -n ${JGLUE_DIR:-} ]]; then
 fi
 lesson "Done"
 echo "picture    $TUNED/loss.png"
-echo "next       python generate_text/generate_text.py --model_name_or_path $TUNED --prompt \$'題名：買い物\\n文章：今朝、田中さんは朝市で柿を買った。\\n質問：田中さんは何を買いましたか。\\n答え：'"
+echo "next       python generate_text/generate_text.py --model_name_or_path $TUNED --prompt \\"
+printf '%s\n' "             \$'題名：買い物\\n文章：今朝、田中さんは朝市で柿を買った。\\n質問：田中さんは何を買いましたか。\\n答え：'"
 echo "           README.md: the lessons one by one, and the same steps with qsub"
