@@ -9,7 +9,7 @@ bash jobs/setup_venv.sh || exit
 source jobs/env.sh || exit
 export HF_HUB_OFFLINE=1 # nothing is fetched from here on
 
-STEPS=${STEPS:-1400}
+if [[ -z ${JGLUE_DIR:-} ]]; then VOCAB=510 STEPS=${STEPS:-1400}; else VOCAB=4000 STEPS=${STEPS:-300}; fi
 OUT=output/quickstart${JGLUE_DIR:+_jsquad}
 MODEL=$OUT/model TUNED=$OUT/finetuned TRAIN=$OUT/jsquad_train.jsonl VALIDATION=$OUT/jsquad_validation.jsonl
 mkdir -p "$OUT" || exit
@@ -32,7 +32,7 @@ head -n 1 "$TRAIN"
 lesson "2/6  A small new model, which knows nothing yet"
 if [[ ! -s $MODEL/config.json ]]; then
   python tiny_model/make_tiny_model.py --model_type llama --text_file "$TRAIN" --output_dir "$MODEL" \
-    --vocab_size 510 || exit
+    --vocab_size "$VOCAB" || exit
 fi
 
 lesson "3/6  Its answers before"
@@ -42,8 +42,8 @@ python generate_text/generate_text.py --model_name_or_path "$MODEL" --prompt_fil
 lesson "4/6  Fine-tuning on the training questions (the loss is on the answers only)"
 python finetune_full/finetune_full.py --model_name_or_path "$MODEL" --train_file "$TRAIN" \
   --validation_file "$VALIDATION" --output_dir "$TUNED" --max_length 512 --max_steps "$STEPS" --learning_rate 3e-3 \
-  --warmup_steps 50 --per_device_train_batch_size 32 --logging_steps 50 --eval_strategy steps --eval_steps 350 \
-  --save_steps 350 --save_total_limit 1 || exit
+  --warmup_steps 50 --per_device_train_batch_size 32 --logging_steps 50 --eval_strategy steps --eval_steps $(((STEPS + 3) / 4)) \
+  --save_steps $(((STEPS + 3) / 4)) --save_total_limit 1 || exit
 
 lesson "5/6  Its answers after"
 python generate_text/generate_text.py --model_name_or_path "$TUNED" --prompt_file "$VALIDATION" \

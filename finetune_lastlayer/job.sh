@@ -15,21 +15,23 @@ source ../jobs/env.sh || exit
 
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
 # Another part than the last layer: ARGS="--train last_block"; python show_model.py tells what there is.
-[[ -n ${MODEL:-} ]] || ARGS="--learning_rate 1e-3 ${ARGS:-}" # good for the small new model, ruinous for a trained one
+# A rate that is good for the small new model and ruinous for a trained one.
+[[ -n ${MODEL:-}${CONFIG:-} ]] || ARGS="--learning_rate 1e-3 ${ARGS:-}"
 MODEL=${MODEL:-../tiny_model/output/llama}
-[[ -n ${TRAIN_FILE:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
+[[ -n ${TRAIN_FILE:-}${CONFIG:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
 TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jsquad_train.jsonl}
 OUTPUT_DIR=${OUTPUT_DIR:-output}
+SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR")
+# A file of `name: value` lines, such as a run_args.yaml, in place of the variables above: qsub -v CONFIG=my.yaml
+[[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG")
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
 [[ -z ${VALIDATION_FILE:-} ]] || WORDS=(--validation_file "$VALIDATION_FILE" "${WORDS[@]}")
 [[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}") # e.g. ../deepspeed_configs/zero3.json
 
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || exit
 LAUNCH=(python)
-if ((GPUS > 1)) || [[ -n ${DEEPSPEED:-} ]]; then LAUNCH=(torchrun --standalone --nproc_per_node "$GPUS"); fi
+if ((GPUS > 1)) || [[ -n ${DEEPSPEED:-} ]]; then
+  LAUNCH=(python ../jobs/run_ranks.py torchrun --standalone --nproc_per_node "$GPUS") # it names the rank that failed
+fi
 ((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
-"${LAUNCH[@]}" finetune_lastlayer.py --model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" \
-  --output_dir "$OUTPUT_DIR" --save_steps 100 --save_total_limit 2 "${WORDS[@]}" "$@"
-status=$?
-((status == 0 || GPUS < 2)) || echo "failed    on $(hostname), status $status; the Root Cause above names the rank" >&2
-exit "$status"
+"${LAUNCH[@]}" finetune_lastlayer.py "${SETTINGS[@]}" --save_steps 100 --save_total_limit 2 "${WORDS[@]}" "$@"

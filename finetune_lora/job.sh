@@ -14,22 +14,23 @@ if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$
 source ../jobs/env.sh || exit
 
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
-[[ -n ${MODEL:-} ]] || # for the small new model, whose head is still random; such a rate would ruin a trained one
+[[ -n ${MODEL:-}${CONFIG:-} ]] || # the small new model's head is still random; the rate would ruin a trained one
   ARGS="--modules_to_save lm_head --learning_rate 3e-3 --per_device_train_batch_size 32 --num_train_epochs 4 ${ARGS:-}"
 MODEL=${MODEL:-../tiny_model/output/llama}
-[[ -n ${TRAIN_FILE:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
+[[ -n ${TRAIN_FILE:-}${CONFIG:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
 TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jsquad_train.jsonl}
 OUTPUT_DIR=${OUTPUT_DIR:-output}
+SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR")
+# A file of `name: value` lines, such as a run_args.yaml, in place of the variables above: qsub -v CONFIG=my.yaml
+[[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG")
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
 [[ -z ${VALIDATION_FILE:-} ]] || WORDS=(--validation_file "$VALIDATION_FILE" "${WORDS[@]}")
 [[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}") # e.g. ../deepspeed_configs/zero3.json
 
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || exit
 LAUNCH=(python)
-if ((GPUS > 1)) || [[ -n ${DEEPSPEED:-} ]]; then LAUNCH=(torchrun --standalone --nproc_per_node "$GPUS"); fi
+if ((GPUS > 1)) || [[ -n ${DEEPSPEED:-} ]]; then
+  LAUNCH=(python ../jobs/run_ranks.py torchrun --standalone --nproc_per_node "$GPUS") # it names the rank that failed
+fi
 ((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
-"${LAUNCH[@]}" finetune_lora.py --model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR" \
-  --save_steps 200 --save_total_limit 2 "${WORDS[@]}" "$@"
-status=$?
-((status == 0 || GPUS < 2)) || echo "failed    on $(hostname), status $status; the Root Cause above names the rank" >&2
-exit "$status"
+"${LAUNCH[@]}" finetune_lora.py "${SETTINGS[@]}" --save_steps 200 --save_total_limit 2 "${WORDS[@]}" "$@"

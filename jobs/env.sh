@@ -3,6 +3,7 @@
 #   source ../jobs/env.sh || exit
 # It prints one line with what it chose. Each choice is a variable that you can set before, in the shell or by qsub -v:
 #   PYTHON_MODULE, CUDA_MODULE  modules to load where there are modules; empty loads none
+#   MPI_MODULE                  module with mpirun, for jobs on several nodes; by default none is loaded
 #   VENV                        virtual environment, made by jobs/setup_venv.sh
 #   CACHE_ROOT                  models and packages to keep: /groups/GROUP/USER/cache where GROUP is set or the path of
 #                               the working directory shows a group area, else ~/.cache
@@ -46,8 +47,10 @@ _env_modules() {
     # The CUDA module is for nvcc, which DeepSpeed's extensions need. torch's wheel brings its own CUDA libraries and
     # must find those, not the module's, which may be older: so the library path stays as it was.
     if [[ -n $libraries ]]; then export LD_LIBRARY_PATH=$libraries; else unset LD_LIBRARY_PATH; fi
+    # mpirun does need its own libraries; what it starts comes here anew, without the module.
+    ((status != 0)) || _env_module MPI_MODULE || status=$?
   else
-    PYTHON_MODULE="" CUDA_MODULE=""
+    PYTHON_MODULE="" CUDA_MODULE="" MPI_MODULE=""
   fi
   [[ $strict != *e* ]] || set -e
   [[ $strict != *u* ]] || set -u
@@ -117,11 +120,12 @@ _env_main() {
   umask 027 # PBS's is 077: your group could not read what a job writes
   PYTHON_MODULE=${PYTHON_MODULE-python/3.12/3.12.9}
   CUDA_MODULE=${CUDA_MODULE-cuda/13.0/13.0.1} # the torch wheel's, python -c "import torch; print(torch.version.cuda)"
+  MPI_MODULE=${MPI_MODULE-}
   VENV=${VENV:-${here%/*}/.venv}
   export PYTHONUNBUFFERED=1 # a line is in the log when it is printed
   _env_modules && _env_caches && _env_threads || return
   [[ ${NEED_VENV:-yes} == no ]] || _env_venv "$here" || return
-  modules="${PYTHON_MODULE:-none}${CUDA_MODULE:+ $CUDA_MODULE}"
+  modules="${PYTHON_MODULE:-none}${CUDA_MODULE:+ $CUDA_MODULE}${MPI_MODULE:+ $MPI_MODULE}"
   echo "env       ${_env_python:+python $_env_python ($VENV), }modules $modules," \
     "cache $CACHE_ROOT, build cache $BUILD_CACHE, $OMP_NUM_THREADS threads"
 }

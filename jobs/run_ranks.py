@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Run a launcher of many processes, and name at the end the host and the rank that failed first, and with what.
+
+    python ../jobs/run_ranks.py torchrun --standalone --nproc_per_node 8 finetune_full.py ...
+
+What the launcher and its processes print passes through unchanged. torchrun and mpirun go on talking after a failure,
+one page per node; so when all is over, one more line gathers what counts, and the exit status is the launcher's.
+Follows https://docs.pytorch.org/docs/stable/elastic/errors.html (the form of torchrun's report).
+"""
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+
+# One process's part of torchrun's report. Each node prints one report.
+FAILURE = re.compile(
+    r"time\s+: (?P<time>\S+)\s+host\s+: (?P<host>\S+)\s+rank\s+: (?P<rank>\d+) .*?exitcode\s+: (?P<code>-?\d+)", re.S
+)
+PREFIX = re.compile(r"^(\[\S+\]:\s?|\[1,\d+\]<stderr>:\s?)+")  # of torch's ranks, of mpirun's nodes
+
+
+def first_failure(text):
+    """Return (host, rank, exit code) of the process that failed first, from torchrun's reports in text, or None.
+
+    Processes that were killed come before those that ended by themselves: the others notice it by a broken connection,
+    sometimes within the tenth of a second after which torchrun looks. It ends the rest with SIGTERM (-15): these last.
+    """
+    found = [(int(match["code"]), match) for match in FAILURE.finditer(text)]
+    found.sort(key=lambda pair: (pair[0] == -signal.SIGTERM, pair[0] >= 0, pair[1]["time"]))
+    return (found[0][1]["host"], found[0][1]["rank"], found[0][0]) if found else None
+
+
+def error_line(lines, rank=None):
+    """The last line that names an error: of the given rank where torch marks its lines, else of any."""
+    named = [line for line in lines if re.match(r"\S*(error|Error|Exception|Interrupt)\b.*", PREFIX.sub("", line))]
+    named = [line for line in named if "ChildFailedError" not in line]
+    own = [line for line in named if rank is not None and line.startswith(f"[rank{rank}]:")]
+    ours = [line for line in named if PREFIX.sub("", line).startswith("error: ")]
+    return PREFIX.sub("", (own or ours or named or [""])[-1]).strip()
+
+
+def describe(lines, status):
+    """One line for the end of the log: what failed, where."""
+    failure = first_failure("\n".join(lines))
+    if failure is None:
+        node = next((line for line in lines if line.startswith("node ") and " ended with status " in line), "")
+        what = error_line(lines) or "see above"
+        what += " (not all nodes came within START_TIMEOUT, see jobs/node.sh)" * ("RendezvousTimeout" in what)
+        return f"{node.removeprefix('node').strip() or f'status {status}'}: {what}"
+    host, rank, code = failure
+    if code < 0:
+        what = f"killed by {signal.Signals(-code).name}"
+        what += " (by hand, or for memory: see the host's limit)" if code == -signal.SIGKILL else ""
+    else:
+        what = error_line(lines, rank) or f"exit status {code}"
+    return f"{host}, rank {rank}: {what}"
+
+
+def main(command):
+    if not command:
+        print("error: no command. Type: run_ranks.py torchrun ...", file=sys.stderr)
+        return 2
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    except OSError as error:
+        print(f"error: {command[0]} does not start: {error.strerror}", file=sys.stderr)
+        return 2
+    # PBS and Ctrl-C send these to the launcher too. It decides when all is saved; this process only waits for it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    lines = deque(maxlen=20_000)  # a thousand ranks print a page each
+
+    def pass_on():
+        for line in process.stderr:
+            lines.append(line.decode(errors="replace").rstrip("\n"))
+            sys.stderr.buffer.write(line)
+            sys.stderr.flush()
+
+    reader = threading.Thread(target=pass_on, daemon=True)
+    reader.start()
+    status = process.wait()
+    reader.join(timeout=3)  # not for ever: a process left behind may hold the pipe
+    status = 128 - status if status < 0 else status
+    if status:
+        print(f"failed     {describe(list(lines), status)}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
