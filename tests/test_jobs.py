@@ -30,6 +30,7 @@ STUB = f"""#!/bin/bash
 case "$*" in
   *platform*) echo 3.12.9; exit ;;
   *device_count*) echo "${{GPUS_SEEN:-0}}"; exit ;;
+  ../jobs/run_ranks.py*) exec {sys.executable} "$@" ;;
 esac
 exec {sys.executable} -c '
 import json, os, sys
@@ -49,7 +50,7 @@ def write_executable(path, text):
 
 
 def make_venv(folder):
-    for name in ("python", "torchrun"):
+    for name in ("python", "torchrun", "mpirun"):
         write_executable(folder / "bin" / name, STUB)
     (folder / "bin" / "activate").write_text(f"export PATH={shlex.quote(str(folder / 'bin'))}:$PATH\n")
 
@@ -141,7 +142,7 @@ def test_directives_are_what_pbs_and_abci_accept(job):
         int(part) for part in re.fullmatch(r"(\d+):(\d\d):(\d\d)", resources["walltime"]).groups()
     )
     assert 0 < hours * 3600 + minutes * 60 + seconds <= 168 * 3600
-    assert len(lines) <= 35
+    assert len(lines) <= 40
 
 
 def test_checker_of_directives_can_fail(tmp_path, monkeypatch):
@@ -260,7 +261,73 @@ def test_finetune_variables(machine):
     assert len(calls(machine)) == before
     done = run(GPUS_SEEN="8", STATUS="3")
     assert done.returncode == 3
-    assert re.fullmatch(r"failed +on \S+, status 3; .*", done.stdout.splitlines()[-1])
+    assert done.stdout.splitlines()[-1] == "failed     status 3: see above"
+
+    # A settings file stands for the variables, and for the small model's rate and files.
+    assert run(CONFIG="my run.yaml").returncode == 0
+    assert last_words(machine) == [
+        "python",
+        "finetune_full.py",
+        "my run.yaml",
+        "--save_steps",
+        "200",
+        "--save_total_limit",
+        "2",
+    ]
+
+
+@pytest.mark.parametrize("lesson", ["finetune_full", "finetune_lora"])
+def test_multinode_job(machine, lesson):
+    """mpirun is told the nodes, the placement and each variable the others need; DeepSpeed where there are GPUs."""
+    run = functools.partial(run_as_pbs, machine, Path(lesson, "job_multinode.sh"))
+    assert run(GROUP="g", GPUS_SEEN="8", CACHE_ROOT=str(machine / "c"), NCCL_DEBUG="WARN").returncode == 0
+    words = last_words(machine)
+    start = shlex.split("mpirun -np 1 -map-by ppr:1:node -bind-to none -hostfile")
+    assert words[: len(start) + 1] == [*start, str(machine / "nodes")]
+    passed = {words[i + 1] for i, word in enumerate(words) if word == "-x"}
+    wanted = {
+        "NODES",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "VENV",
+        "GROUP",
+        "CACHE_ROOT",
+        "HF_HOME",
+        "PBS_JOBID",
+        "NCCL_DEBUG",
+    }
+    assert wanted <= passed
+    script = words.index("../jobs/node.sh")
+    assert words[script - 1 : script + 2] == ["bash", "../jobs/node.sh", f"{lesson}.py"]
+    assert words[words.index("--deepspeed") + 1] == "../deepspeed_configs/zero3.json"
+    assert run(GPUS_SEEN="8", DEEPSPEED="").returncode == 0
+    assert "--deepspeed" not in last_words(machine)
+    done = run(DEEPSPEED="../deepspeed_configs/zero3.json")
+    assert (done.returncode, done.stdout.count("error: DEEPSPEED needs a GPU")) == (2, 1)
+    assert "gloo" in run().stdout
+    done = run(HOSTFILE="/nowhere")
+    assert (done.returncode, done.stdout.count("error: HOSTFILE=/nowhere is not there or empty")) == (2, 1)
+    (machine / "my work/.venv/bin/mpirun").unlink()
+    if not shutil.which("mpirun", path=SYSTEM_PATH):
+        done = run()
+        assert (done.returncode, done.stdout.count("error: no mpirun here. Set MPI_MODULE")) == (2, 1)
+
+
+def test_nodes_of_a_job(machine):
+    """Each node counts once, in the order of the file, however many slots it has; ports differ from job to job."""
+    (machine / "hosts").write_text("h2 slots=8\nh1\n\nh1\nh2\n")
+    run = functools.partial(
+        run_as_pbs, machine, Path("finetune_full/job_multinode.sh"), HOSTFILE=str(machine / "hosts")
+    )
+    script = ROOT / "jobs" / "multinode.sh"
+    show = f'source {script}; echo "$NODES $MASTER_ADDR $MASTER_PORT"'
+    for job_id, port in (("12.pbs1", 10012), ("123[4].pbs1", 10123), ("45678.pbs2", 15678)):
+        env = environment(machine, HOSTFILE=str(machine / "hosts"), PBS_JOBID=job_id)
+        env["PATH"] = f"{machine / 'my work/.venv/bin'}:{SYSTEM_PATH}"
+        done = subprocess.run(["bash", "-c", show], env=env, capture_output=True, text=True)
+        assert done.stdout == f"2 h2 {port}\n"
+    assert run().returncode == 0
+    assert last_words(machine)[2] == "2"
 
 
 def test_other_jobs_variables(machine):
