@@ -1,0 +1,140 @@
+"""The figures in the text and in the pictures about DeepSpeed are those that deepspeed_configs/draw.py counts."""
+
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "deepspeed_configs"
+READMES = ("README.md", "README.en.md")
+
+
+@pytest.fixture(scope="module")
+def draw():
+    spec = importlib.util.spec_from_file_location("draw", FOLDER / "draw.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def figure(paint):
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(8, 5), layout="constrained")
+    paint(drawn)
+    return drawn
+
+
+def test_the_counts_by_hand(draw):
+    total = {(config, n): sum(draw.gpu_bytes(config, n)) for config in draw.CONFIGS for n in (1, 8, 16)}
+    assert (total["none", 1], total["none", 8]) == (16, 20)
+    assert [total["zero1", n] for n in (1, 8, 16)] == [22, 5.75, 4.875]
+    assert [total["zero2", n] for n in (1, 8, 16)] == [22, 4.5, 3.25]
+    assert [total["zero3", n] for n in (1, 8, 16)] == [16, 2, 1]
+    assert [total["zero2_offload", 8], total["zero3_offload", 8]] == [2, 0]
+    # Eight processes that read fp32 weights; what is offloaded, and what a save collects.
+    assert [draw.host_bytes(config, 8) for config in draw.CONFIGS] == [32, 32, 32, 4, 32, 22]
+    assert [draw.host_bytes(config, 1) for config in draw.CONFIGS] == [4, 4, 4, 4, 22, 22]
+    assert draw.host_bytes("zero3_offload", 16) == 12
+    assert draw.largest("zero3", 8) == (70, "GPU")
+    assert draw.largest("zero2_offload", 8) == (60, "host")
+    assert draw.largest("zero3_offload", 1)[0] == pytest.approx(160 / 22)
+
+
+def test_more_gpus_and_later_stages_never_need_more(draw):
+    for config in draw.CONFIGS[1:]:
+        assert sum(draw.gpu_bytes(config, 16)) <= sum(draw.gpu_bytes(config, 8)), config
+    sizes = [sum(draw.gpu_bytes(config, 8)) for config in ("none", "zero1", "zero2", "zero3")]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_every_configuration_is_counted_and_is_what_its_name_says(draw):
+    assert {path.stem for path in FOLDER.glob("*.json")} == {*draw.CONFIGS} - {"none"} == {*draw.FORMULAS} - {"none"}
+    for config in draw.CONFIGS[1:]:
+        zero = json.loads((FOLDER / f"{config}.json").read_text(encoding="utf-8"))["zero_optimization"]
+        assert zero["stage"] == int(config[4])
+        offloaded = [part for part in ("offload_optimizer", "offload_param") if part in zero]
+        expected = {"zero2_offload": ["offload_optimizer"], "zero3_offload": ["offload_optimizer", "offload_param"]}
+        assert offloaded == expected.get(config, [])
+        assert all(zero[part]["device"] == "cpu" for part in offloaded)
+
+
+def test_the_buffers_in_the_text_are_deepspeeds_own():
+    """The README names sizes that are DeepSpeed's defaults, and the dtype that accumulated gradients have."""
+    source = importlib.metadata.distribution("deepspeed").locate_file("deepspeed/runtime/zero/config.py")
+    text = Path(source).read_text(encoding="utf-8")  # importing it would take a quarter of a minute
+    for name, default in {"reduce_bucket_size": "5e8", "max_live_parameters": "1e9", "sub_group_size": "1e9"}.items():
+        assert re.search(rf"^    {name}: int = Field\(pp_int\({default}\)", text, re.M), name
+    for path in FOLDER.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert "data_types" not in text and "sub_group_size" not in text and "max_live" not in text
+
+
+def test_table_of_the_folder(draw):
+    lines = (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("| no file | 4"))
+    assert lines[first : first + len(draw.CONFIGS)] == list(draw.memory_rows())
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_table_of_the_seven_models(draw, name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for model, (size, *_) in draw.MODELS.items():
+        assert any(f"{size:,}" in line for line in text.splitlines() if f"[{model}]" in line), model
+    if "deepspeed_configs/memory.png" not in text:
+        pytest.skip(f"{name} has no section with this table")
+    assert "\n".join(draw.plan_rows()) in text
+    assert f"{draw.RESERVE_GB} GB" in text
+
+
+def test_plans_leave_the_reserve(draw):
+    for model in draw.MODELS:
+        for method in draw.METHODS:
+            queue, gpus, config, size = draw.plan(model, method)
+            assert size <= draw.GPU_GB - draw.RESERVE_GB
+            assert draw.host_bytes(config, gpus) * draw.MODELS[model][0] / 1e9 <= draw.HOST_GB[gpus]
+            assert (queue, config) == ("rt_HG", "none") or (queue, gpus) == ("rt_HF", 8)
+
+
+def test_chart_shows_the_counts(draw):
+    axes = figure(draw.draw_memory).axes[0]
+    bars = [("none", 1)] + [(config, 8) for config in draw.CONFIGS]
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights == [part for config, n in bars for part in draw.gpu_bytes(config, n)]
+    text = " ".join(label.get_text() for label in axes.texts)
+    assert all(f"{sum(draw.gpu_bytes(config, n)):g}" in text for config, n in bars)
+
+
+def test_panels_work_only_on_one_thing_at_a_time(draw):
+    """No GPU does two things at once, none works beyond the end of its line, and the naive GPUs take turns."""
+    panels = figure(draw.draw_parallel).axes
+    assert len(panels) == 4
+    for axes in panels:
+        lanes = {}
+        for box in axes.patches:
+            if box.get_width() < 8:
+                lanes.setdefault(box.get_y(), []).append((box.get_x(), box.get_x() + box.get_width()))
+        assert len(lanes) == 4
+        naive = "Naive" in axes.get_title(loc="left")
+        for spans in [[span for lane in lanes.values() for span in lane]] if naive else lanes.values():
+            spans = sorted(spans)
+            assert all(end <= start + 0.01 for (_, end), (start, _) in itertools.pairwise(spans))
+            assert spans[-1][1] <= 8.01
+
+
+@pytest.mark.parametrize("name", ["parallel", "memory"])
+def test_pictures_are_small_and_up_to_date(draw, name, tmp_path, monkeypatch, capsys):
+    from matplotlib.image import imread
+
+    assert (FOLDER / f"{name}.png").stat().st_size < 100_000
+    monkeypatch.setattr(draw, "HERE", tmp_path)
+    draw.main()
+    assert capsys.readouterr().out.count("| ") > 20
+    old, new = imread(FOLDER / f"{name}.png"), imread(tmp_path / f"{name}.png")
+    assert old.shape == new.shape
+    assert abs(old - new).mean() < 0.01, f"{name}.png is not what draw.py draws. Type: python draw.py"
