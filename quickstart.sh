@@ -9,7 +9,7 @@ bash jobs/setup_venv.sh || exit
 source jobs/env.sh || exit
 export HF_HUB_OFFLINE=1 # nothing is fetched from here on
 
-if [[ -z ${JGLUE_DIR:-} ]]; then VOCAB=510 STEPS=${STEPS:-1400}; else VOCAB=4000 STEPS=${STEPS:-300}; fi
+if [[ -z ${JGLUE_DIR:-} ]]; then VOCAB=510 STEPS=${STEPS:-1400}; else VOCAB=4000 STEPS=${STEPS:-250}; fi
 OUT=output/quickstart${JGLUE_DIR:+_jsquad}
 MODEL=$OUT/model TUNED=$OUT/finetuned TRAIN=$OUT/jsquad_train.jsonl VALIDATION=$OUT/jsquad_validation.jsonl
 mkdir -p "$OUT" || exit
@@ -64,7 +64,8 @@ PY
 if [[ -n ${JGLUE_DIR:-} ]]; then
   echo
   echo "A model this small, trained for minutes on real text, learns the form of an answer, seldom the answer itself:"
-  echo "it has seen no Japanese but these questions. A pretrained model (MODEL=...) is what JSQuAD is meant for."
+  echo "it has seen no Japanese but these questions. JSQuAD is meant for models that were trained on much text before:"
+  echo "README.md shows how to fine-tune one of those."
 fi
 lesson "Done"
 echo "picture    $TUNED/loss.png"

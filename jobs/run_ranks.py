@@ -60,6 +60,9 @@ def describe(lines, status):
 
 
 def main(command):
+    if command in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if not command:
         print("error: no command. Type: run_ranks.py torchrun ...", file=sys.stderr)
         return 2
