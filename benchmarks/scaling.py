@@ -112,10 +112,10 @@ def main(argv=None):
     speed = {row: statistics.median(r["train_tokens_per_second"] for r in results[row]) for row in rows}
     size = results[rows[0]][0]["total_parameters"]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))
-    place = device if gpu else "CPU, one thread per process"
-    print(f"\nMeasured on {time.strftime('%Y-%m-%d')}: {versions}; {place}; {size:,} parameters, {args.max_steps} steps "
-          f"of {args.per_device_train_batch_size} rows per process, {args.deepspeed or 'data parallel'}, "
-          f"median of {args.repeat}.\n")  # fmt: skip
+    place = device if gpu else "CPU, one thread each"
+    what = f"{size:,} parameters, {args.max_steps} steps of {args.per_device_train_batch_size} rows per process"
+    print(f"\nMeasured on {time.strftime('%Y-%m-%d')}: {versions}; {place}; {what}, "
+          f"{args.deepspeed or 'data parallel'}, median of {args.repeat}.\n")  # fmt: skip
     print("| Processes | Optimizer | Tokens/s | Efficiency | Peak memory per process |")
     print("|---:|---|---:|---:|---:|")
     for processes, optim in rows:
