@@ -1,0 +1,148 @@
+"""convert_tokenizer.py against sentencepiece itself, on repositories laid out as rinna's and OpenLLaMA's are."""
+
+import json
+import random
+
+import pytest
+import sentencepiece
+from conftest import ROOT, load_script
+from transformers import AutoTokenizer
+
+# Spaces, line ends, full width, half width, rare characters, literal names of bytes: what the two could read apart.
+HARD = [
+    "鬱は難しい",
+    "すごい😀です𠮷",
+    " 前に空白",
+    "後ろ  二つ ",
+    "改\n行",
+    "ＡＢＣ　１２ｱｲｳ",
+    "a\tb",
+    "",
+    "東京 と 大阪",
+    "é ü",
+]
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+KINDS = {  # file, settings of sentencepiece, tokenizer_config.json, whether BOS belongs before a text
+    "rinna": ("spiece.model", {"model_type": "unigram", "byte_fallback": True, "add_dummy_prefix": False,
+                               "remove_extra_whitespaces": False, "pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3},
+              {"tokenizer_class": "T5Tokenizer", "pad_token": "[PAD]", "extra_ids": 0, **SPECIAL}, False),
+    "openllama": ("tokenizer.model", {"model_type": "bpe", "byte_fallback": True, "remove_extra_whitespaces": False,
+                                      "normalization_rule_name": "identity"},
+                  {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **SPECIAL}, True),
+    "unigram llama": ("tokenizer.model", {"model_type": "unigram", "byte_fallback": True},
+                      {"tokenizer_class": "LlamaTokenizer", **SPECIAL}, True),
+    "no bos": ("tokenizer.model", {"model_type": "unigram"},
+               {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, **SPECIAL}, False),
+    "own pieces": ("spiece.model", {"model_type": "unigram", "byte_fallback": True, "user_defined_symbols": ["<NL>"]},
+                   {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>"}, False),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def texts():
+    rows = (ROOT / "jglue/sample/datasets").rglob("train*.json")
+    found = [line for path in sorted(rows) for line in path.read_text(encoding="utf-8").splitlines()]
+    random.Random(0).shuffle(found)
+    return found[:200]
+
+
+@pytest.fixture(scope="session")
+def repositories(tmp_path_factory, texts):
+    """{kind: directory} with a sentencepiece file and a tokenizer_config.json, as the models' own."""
+    made = {}
+    for kind, (file, settings, config, _) in KINDS.items():
+        made[kind] = tmp_path_factory.mktemp("repository") / kind.replace(" ", "_")
+        made[kind].mkdir()
+        with (made[kind] / file).open("wb") as model:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts), model_writer=model, vocab_size=700, character_coverage=0.98,
+                num_threads=1, minloglevel=2, max_sentence_length=2**20, hard_vocab_limit=False, **settings,
+            )  # fmt: skip
+        (made[kind] / "tokenizer_config.json").write_text(json.dumps(config))
+    return made
+
+
+@pytest.fixture(scope="session")
+def script():
+    return load_script(ROOT / "generate_text" / "convert_tokenizer.py")
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_ids_as_sentencepiece(script, repositories, texts, kind, tmp_path, capsys):
+    file, _, _, bos = KINDS[kind]
+    script.main(["--model_name_or_path", str(repositories[kind]), "--output_dir", str(tmp_path / "new")])
+    model = sentencepiece.SentencePieceProcessor(model_file=str(repositories[kind] / file))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    for text in [*texts, *HARD, *(["<NL>改行<NL>です", "a<NL> b"] if kind == "own pieces" else [])]:
+        assert ids_of(tokenizer, text) == model.encode(text), text
+        back = model.decode(model.encode(text)).replace(" ⁇ ", "<unk>")
+        assert tokenizer.decode(model.encode(text)) == back, text
+    assert len(tokenizer) == model.vocab_size(), "a token without a row in the embedding"
+    assert tokenizer.eos_token_id == model.eos_id()
+    assert tokenizer("東京")["input_ids"] == [model.bos_id()] * bos + model.encode("東京")
+    assert tokenizer.get_vocab() == {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    assert ("left out   pad_token [PAD]" in capsys.readouterr().out) == (kind == "rinna")
+    assert (tmp_path / "new" / file).resolve() == (repositories[kind] / file).resolve(), "other files become links"
+
+
+def test_in_place_and_check(script, repositories, texts, tmp_path, capsys):
+    """In place the old files are kept; --check counts what is lost before, and nothing after."""
+    for path in repositories["rinna"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("東京", "鬱😀", "二  つ")))
+    before, check = (tmp_path / "tokenizer_config.json").read_text(), ["--check", str(tmp_path / "mine.jsonl")]
+    old = AutoTokenizer.from_pretrained(tmp_path)
+    kept = sum(old.decode(ids_of(old, text)) == text for text in ("東京", "鬱😀", "二  つ"))
+    gone = sum(c not in old.decode(ids_of(old, text)) for text in ("東京", "鬱😀", "二  つ") for c in text)
+    script.main(["--model_name_or_path", str(tmp_path), *check])
+    out = capsys.readouterr().out
+    assert kept < 3
+    assert gone >= 2
+    assert f"lost       {3 - kept} do not come back as they were; {gone} characters are gone" in out
+    script.main(["--model_name_or_path", str(tmp_path)])
+    assert (tmp_path / "tokenizer_config.json.before_conversion").read_text() == before
+    capsys.readouterr()
+    script.main(["--model_name_or_path", str(tmp_path), *check])
+    out = capsys.readouterr().out
+    assert "ids        0 get other ids" in out
+    assert "lost       0 do not come back" in out
+
+
+def test_wrong_conversion_is_refused(script, repositories, monkeypatch, tmp_path, capsys):
+    """The comparison is with sentencepiece itself: scores that are a little off are noticed, and nothing is written."""
+    scores = script.unigram_scores
+    monkeypatch.setattr(script, "unigram_scores", lambda *args: [-score for score in scores(*args)])
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--model_name_or_path", str(repositories["rinna"]), "--output_dir", str(tmp_path / "new")])
+    assert stopped.value.code == 2
+    assert "other ids than from sentencepiece" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_input(script, repositories, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pointer").mkdir()
+    (tmp_path / "pointer/spiece.model").write_text("version https://git-lfs.github.com/spec/v1\n")
+    rinna = str(repositories["rinna"])
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    cases = {
+        "holds none of": [str(tmp_path / "empty")],
+        "is no sentencepiece model": [str(tmp_path / "pointer")],
+        "give --output_dir too": ["somebody/model"],
+        "Fetch it first": ["somebody/model", "--output_dir", str(tmp_path / "new")],
+        "is not empty": [rinna, "--output_dir", str(tmp_path)],
+        "is not there": [rinna, "--check", "nowhere.txt"],
+        "is not UTF-8": [rinna, "--check", str(tmp_path / "latin")],
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            script.main(["--model_name_or_path", *arguments])
+        captured = capsys.readouterr()
+        assert stopped.value.code == 2, message
+        assert message in captured.err, captured.err
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
