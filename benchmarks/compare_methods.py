@@ -72,12 +72,7 @@ def parse(argv):
     add("--max_steps", type=int, help="steps of each method (default: 10, with --overfit 300)")
     add("--first_steps", type=int, default=300, help="with --overfit: steps of the made model on other rows, before")
     add("--batch_size", type=int, help="rows per step; activations grow with it (default: 4, with --overfit 10)")
-    add(
-        "--repeat",
-        type=int,
-        default=1,
-        help="runs of each method, the fastest counts; other work on a machine slows some",
-    )
+    add("--repeat", type=int, default=1, help="runs of each method, of which the fastest counts (default 1)")
     add("--lora_r", type=int, default=16, help="rank of the adapters; their size grows with it (default 16)")
     add("--output_dir", type=Path, default=Path("output"), help="where models, results and logs go (default: output)")
     args = parser.parse_args(argv)
