@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 from bisect import bisect_left, insort
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +44,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
@@ -136,6 +138,7 @@ def main(argv=None):
 
 def load_model(script, tokenizer):
     """The model with fp32 weights, computing in 16 bit under autocast: 16-bit weights lose most small updates."""
+    compare_whole_tensors()
     model, info = AutoModelForCausalLM.from_pretrained(
         script.model_name_or_path,
         dtype=torch.float32,
@@ -734,6 +737,9 @@ def check_arguments(script, training):
     if training.n_gpu > 1:
         fail(f"one process but {training.n_gpu} GPUs. Type: torchrun --standalone --nproc_per_node {training.n_gpu} "
              f"{sys.argv[0]} ..., or put CUDA_VISIBLE_DEVICES=0 before python for one GPU.")  # fmt: skip
+    gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if training.deepspeed and is_deepspeed_zero3_enabled() and not training.hf_deepspeed_config.get_value(gather):
+        fail(f"under ZeRO-3 no model would be saved. Set {gather} to true in {training.deepspeed}.")
     if training.deepspeed and int(os.environ.get("WORLD_SIZE", "0")) != training.world_size:
         fail(
             f"--deepspeed needs a launcher, and GPUs. Type: torchrun --standalone --nproc_per_node 1 {sys.argv[0]} ..."
@@ -778,6 +784,26 @@ def load_tokenizer(script):
             f"--packing_length {script.packing_length} is shorter than --max_length {max_length}: a row must hold one."
         )
     return tokenizer, max_length
+
+
+def gathered(*parameters):
+    """A context in which parameters that ZeRO-3 parts are whole; what changes in them is kept."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters, modifier_rank=0)
+
+
+def compare_whole_tensors():
+    """Under ZeRO-3 transformers compares emptied tensors: a head of its own, as Falcon's may be, would be lost."""
+    import transformers.modeling_utils
+
+    def equal(one, other):
+        with gathered(one, other):
+            return torch.equal(one, other)
+
+    transformers.modeling_utils._tied_params_are_equal = equal
 
 
 def check_model(script, tokenizer, model, info):

@@ -28,6 +28,7 @@ import time
 import warnings
 from bisect import bisect_left, insort
 from collections import Counter
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -161,6 +162,7 @@ def main(argv=None):
 def load_model(script, training, tokenizer, new_tokens):
     """The model with fp32 weights, computing in 16 bit under autocast, and frozen but for what --train names."""
     in_8bit = {"device_map": {"": str(training.device)}, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    compare_whole_tensors()
     model, info = AutoModelForCausalLM.from_pretrained(
         script.model_name_or_path,
         dtype=torch.float32,
@@ -176,7 +178,8 @@ def load_model(script, training, tokenizer, new_tokens):
     if script.load_in_8bit:
         check_8bit(model)
     chosen = choose_parameters(model, script.train)
-    say("head", untie(model, chosen))
+    with gathered(model.get_output_embeddings().weight):
+        say("head", untie(model, chosen))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in chosen
     if script.train == "new_tokens":
@@ -256,8 +259,6 @@ def untie(model, chosen):
     ends = {m: f"{name}.weight" in chosen for name, m in model.named_modules() if m in (head, embedding)}
     if ends[head] == ends[embedding]:
         return f"tied to the input embeddings, and stays so: {'both are' if ends[head] else 'neither is'} trained"
-    if hasattr(head.weight, "ds_numel"):
-        fail("ZeRO-3 has spread the tied embeddings over the GPUs, where they cannot be untied. Use zero2.json.")
     model.config.tie_word_embeddings = False
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
     return (f"was tied to the input embeddings; untied, {head.weight.numel():,} parameters more, so that the "
@@ -291,18 +292,17 @@ def check_tokens(tokenizer, new_tokens, examples):
 
 def add_rows(model, new_tokens):
     """Give each new token a row, the mean of its pieces' rows: one mean for all would make them start identical."""
-    rows, embedding = model.config.vocab_size, model.get_input_embeddings()
+    rows = model.config.vocab_size
     if not new_tokens or min(new_tokens) > rows:
         return  # with a tokenizer that was too long before, check_model refuses the model
-    if hasattr(embedding.weight, "ds_numel"):
-        fail("ZeRO-3 has spread the embeddings over the GPUs, where rows cannot be added. Use zero2.json.")
     if max(new_tokens) >= rows:  # never to fewer rows: many models have spare ones
         model.resize_token_embeddings(max(new_tokens) + 1, mean_resizing=False)
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             for parameter in module.parameters():
-                for row, pieces in new_tokens.items():
-                    parameter[row] = parameter[pieces].mean(0)
+                with gathered(parameter):
+                    for row, pieces in new_tokens.items():
+                        parameter[row] = parameter[pieces].mean(0)
 
 
 def train_rows(model, rows):
@@ -316,20 +316,26 @@ def train_rows(model, rows):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_hook(only_rows)
-            parameter.trained_rows, parameter.trained_numel = rows, len(rows) * parameter[0].numel()
+            width = getattr(parameter, "ds_shape", parameter.shape)[-1]
+            parameter.trained_rows, parameter.trained_numel = rows, len(rows) * width
 
 
 class KeepRows(TrainerCallback):
     """Puts all rows but the trained ones back after each step: without a gradient weight decay still moves them."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.kept = [(p, p.detach().clone()) for p in model.parameters() if hasattr(p, "trained_rows")]
+        self.kept = []
+        for parameter in model.parameters():
+            if hasattr(parameter, "trained_rows"):
+                with gathered(parameter):
+                    self.kept.append((parameter, parameter.detach().clone()))
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
         for parameter, kept in self.kept:
-            kept[parameter.trained_rows] = parameter[parameter.trained_rows]
-            parameter.copy_(kept)
+            with gathered(parameter):
+                kept[parameter.trained_rows] = parameter[parameter.trained_rows]
+                parameter.copy_(kept)
 
 
 def check_8bit(model):
@@ -1013,6 +1019,9 @@ def check_arguments(script, training):
     if training.n_gpu > 1:
         fail(f"one process but {training.n_gpu} GPUs. Type: torchrun --standalone --nproc_per_node {training.n_gpu} "
              f"{sys.argv[0]} ..., or put CUDA_VISIBLE_DEVICES=0 before python for one GPU.")  # fmt: skip
+    gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if training.deepspeed and is_deepspeed_zero3_enabled() and not training.hf_deepspeed_config.get_value(gather):
+        fail(f"under ZeRO-3 no model would be saved. Set {gather} to true in {training.deepspeed}.")
     if training.deepspeed and int(os.environ.get("WORLD_SIZE", "0")) != training.world_size:
         fail(
             f"--deepspeed needs a launcher, and GPUs. Type: torchrun --standalone --nproc_per_node 1 {sys.argv[0]} ..."
@@ -1059,6 +1068,28 @@ def load_tokenizer(script):
             f"--packing_length {script.packing_length} is shorter than --max_length {max_length}: a row must hold one."
         )
     return tokenizer, max_length
+
+
+# Copied from finetune_full/finetune_full.py
+def gathered(*parameters):
+    """A context in which parameters that ZeRO-3 parts are whole; what changes in them is kept."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters, modifier_rank=0)
+
+
+# Copied from finetune_full/finetune_full.py
+def compare_whole_tensors():
+    """Under ZeRO-3 transformers compares emptied tensors: a head of its own, as Falcon's may be, would be lost."""
+    import transformers.modeling_utils
+
+    def equal(one, other):
+        with gathered(one, other):
+            return torch.equal(one, other)
+
+    transformers.modeling_utils._tied_params_are_equal = equal
 
 
 # Copied from finetune_full/finetune_full.py

@@ -150,8 +150,6 @@ def untie(model, chosen):
     ends = {m: f"{name}.weight" in chosen for name, m in model.named_modules() if m in (head, embedding)}
     if ends[head] == ends[embedding]:
         return f"tied to the input embeddings, and stays so: {'both are' if ends[head] else 'neither is'} trained"
-    if hasattr(head.weight, "ds_numel"):
-        fail("ZeRO-3 has spread the tied embeddings over the GPUs, where they cannot be untied. Use zero2.json.")
     model.config.tie_word_embeddings = False
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
     return (f"was tied to the input embeddings; untied, {head.weight.numel():,} parameters more, so that the "

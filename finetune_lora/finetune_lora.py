@@ -27,6 +27,7 @@ import time
 import warnings
 from bisect import bisect_left, insort
 from collections import Counter
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -181,8 +182,8 @@ def load_model(script, training, tokenizer, new_tokens, resume):
         warnings.simplefilter("ignore")
         model = get_peft_model(base, config)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # what is trained whole has the base's precision until here
-            parameter.data = parameter.data.float()
+        if parameter.requires_grad:  # DeepSpeed wants one precision for all, and keeps fp32 copies of what is trained
+            parameter.data = parameter.data.to(base.dtype if training.deepspeed else torch.float32)
     model.save_pretrained = partial(save_adapter, model, facts)
     names = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
     also = f"; whole: {', '.join(whole)}" * bool(whole) + f"; rows of {script.new_tokens}" * bool(new_tokens)
@@ -209,6 +210,7 @@ def load_base(script, training, tokenizer, new_tokens, resume):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    compare_whole_tensors()
     model, info = AutoModelForCausalLM.from_pretrained(
         script.model_name_or_path,
         dtype=dtype,
@@ -374,18 +376,17 @@ def check_tokens(tokenizer, new_tokens, examples):
 # Copied from finetune_lastlayer/finetune_lastlayer.py
 def add_rows(model, new_tokens):
     """Give each new token a row, the mean of its pieces' rows: one mean for all would make them start identical."""
-    rows, embedding = model.config.vocab_size, model.get_input_embeddings()
+    rows = model.config.vocab_size
     if not new_tokens or min(new_tokens) > rows:
         return  # with a tokenizer that was too long before, check_model refuses the model
-    if hasattr(embedding.weight, "ds_numel"):
-        fail("ZeRO-3 has spread the embeddings over the GPUs, where rows cannot be added. Use zero2.json.")
     if max(new_tokens) >= rows:  # never to fewer rows: many models have spare ones
         model.resize_token_embeddings(max(new_tokens) + 1, mean_resizing=False)
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             for parameter in module.parameters():
-                for row, pieces in new_tokens.items():
-                    parameter[row] = parameter[pieces].mean(0)
+                with gathered(parameter):
+                    for row, pieces in new_tokens.items():
+                        parameter[row] = parameter[pieces].mean(0)
 
 
 # ---- Data: file of examples -> token ids and labels -> rows -> batches ----
@@ -1008,6 +1009,9 @@ def check_arguments(script, training):
     if training.n_gpu > 1:
         fail(f"one process but {training.n_gpu} GPUs. Type: torchrun --standalone --nproc_per_node {training.n_gpu} "
              f"{sys.argv[0]} ..., or put CUDA_VISIBLE_DEVICES=0 before python for one GPU.")  # fmt: skip
+    gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if training.deepspeed and is_deepspeed_zero3_enabled() and not training.hf_deepspeed_config.get_value(gather):
+        fail(f"under ZeRO-3 no model would be saved. Set {gather} to true in {training.deepspeed}.")
     if training.deepspeed and int(os.environ.get("WORLD_SIZE", "0")) != training.world_size:
         fail(
             f"--deepspeed needs a launcher, and GPUs. Type: torchrun --standalone --nproc_per_node 1 {sys.argv[0]} ..."
@@ -1054,6 +1058,28 @@ def load_tokenizer(script):
             f"--packing_length {script.packing_length} is shorter than --max_length {max_length}: a row must hold one."
         )
     return tokenizer, max_length
+
+
+# Copied from finetune_full/finetune_full.py
+def gathered(*parameters):
+    """A context in which parameters that ZeRO-3 parts are whole; what changes in them is kept."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters, modifier_rank=0)
+
+
+# Copied from finetune_full/finetune_full.py
+def compare_whole_tensors():
+    """Under ZeRO-3 transformers compares emptied tensors: a head of its own, as Falcon's may be, would be lost."""
+    import transformers.modeling_utils
+
+    def equal(one, other):
+        with gathered(one, other):
+            return torch.equal(one, other)
+
+    transformers.modeling_utils._tied_params_are_equal = equal
 
 
 # Copied from finetune_full/finetune_full.py
