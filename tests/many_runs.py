@@ -1,13 +1,20 @@
 """Test helper: many_runs.py SCRIPT RUNS.json calls SCRIPT's main() once for each list of arguments.
 
+A list that starts with NAME.py is for that script instead. With OUTCOMES=FILE a run that ends with an error does not
+end the others; FILE gets one JSON line per run, and under DeepSpeed each output directory gets gathered.pt.
+
 With DS_ACCELERATOR=cpu, accelerate is told what it cannot find out without a GPU, so that DeepSpeed runs on CPU
 processes over gloo. The scripts themselves carry no trace of this.
 """
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 
 if os.environ.get("DS_ACCELERATOR") == "cpu" and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -20,9 +27,59 @@ if os.environ.get("DS_ACCELERATOR") == "cpu" and os.environ.get("ACCELERATE_USE_
     accelerate.state.PartialState.default_device = property(lambda self: torch.device("cpu"))
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
-script, runs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-sys.argv = [str(script)]
-sys.path.insert(0, str(script.parent))
-module = importlib.import_module(script.stem)
+
+def gather(trainer):
+    """What DeepSpeed has trained, {name: tensor}, from the optimizer's own fp32 copies where there are any.
+
+    Not by the way in which Trainer saves: a fault there must show as a difference.
+    """
+    import torch
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    for name, parameter in trainer.model.named_parameters():
+        with GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
+            whole = parameter.detach().clone()
+        # Where rows are trained, weight decay moves the others in the fp32 copy; the model itself is put right.
+        if parameter.requires_grad and not hasattr(parameter, "trained_rows"):
+            whole = safe_get_full_fp32_param(parameter).clone()
+        found[name] = whole
+    if trainer.is_world_process_zero():
+        torch.save(found, Path(trainer.args.output_dir) / "gathered.pt")
+
+
+def run(script, arguments):
+    """Call the script's main(); return its last line of error, empty if there was none."""
+    sys.path.insert(0, str(script.parent))
+    module = importlib.import_module(script.stem)
+    if hasattr(module, "save_results") and not hasattr(module, "save"):
+        module.draw_loss = lambda *_: None  # slower than training here
+        module.save, module.save_results = module.save_results, lambda t: (t.is_deepspeed_enabled and gather(t),
+                                                                           module.save(t))  # fmt: skip
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            module.main(arguments)
+        except SystemExit as stop:
+            return errors.getvalue().strip().splitlines()[-1] if stop.code else ""
+        except Exception:
+            print(traceback.format_exc(), flush=True)
+            return traceback.format_exc().strip().splitlines()[-1]
+    return ""
+
+
+script, outcomes = Path(sys.argv[1]), os.environ.get("OUTCOMES")
+runs = json.loads(Path(sys.argv[2]).read_text())
 for arguments in runs:
-    module.main(arguments)
+    own = Path(arguments.pop(0)) if arguments[0].endswith(".py") else script
+    sys.argv = [str(own)]
+    if not outcomes:
+        sys.path.insert(0, str(own.parent))
+        importlib.import_module(own.stem).main(arguments)
+        continue
+    began = time.time()
+    outcome = {"error": run(own, arguments), "seconds": time.time() - began}
+    if os.environ.get("RANK", "0") == "0":
+        with Path(outcomes).open("a") as file:
+            file.write(json.dumps(outcome) + "\n")

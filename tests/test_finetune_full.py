@@ -518,30 +518,6 @@ def test_alone_in_an_empty_directory(checkpoints, train_file, tmp_path):
     assert not heavy & set(json.loads(done.stdout.splitlines()[-1].replace("'", '"')))
 
 
-def logged_losses(directory):
-    history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def test_deepspeed(script, checkpoints, train_file, tmp_path):
-    """Two CPU processes under ZeRO-2 and ZeRO-3 learn what one process learns, and leave a normal checkpoint."""
-    common = ["--model_name_or_path", checkpoints["llama"], "--train_file", train_file, "--validation_file", train_file,
-              "--learning_rate", "1e-3", "--max_steps", "4", "--save_strategy", "no", "--logging_steps", "1",
-              "--train_sampling_strategy", "sequential"]  # fmt: skip
-    script.main([*common, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")])
-    runs = [[*common, "--per_device_train_batch_size", "2", "--output_dir", tmp_path / f"zero{stage}", "--deepspeed",
-             ROOT / "deepspeed_configs" / f"zero{stage}.json"] for stage in (2, 3)]  # fmt: skip
-    cpu = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
-    assert "device     2 x CPU" in launch(runs, tmp_path, environment=cpu).stdout
-    one = results(tmp_path / "one")
-    for out in (tmp_path / "zero2", tmp_path / "zero3"):
-        assert logged_losses(out) == pytest.approx(logged_losses(tmp_path / "one"), rel=1e-3)
-        assert results(out)["total_parameters"] == one["total_parameters"]
-        assert results(out)["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-3)
-        assert same_weights(tmp_path / "one", out, atol=2e-3)
-        assert not same_weights(checkpoints["llama"], out, atol=1e-4)
-
-
 def test_a_head_with_another_name_in_the_file_is_loaded_again(script, checkpoints, train_file, tmp_path):
     """gpt_neox's lm_head is embed_out in the file: going on, and keeping the best, must not start it anew."""
     whole, cut, best = tmp_path / "whole", tmp_path / "cut", tmp_path / "best"

@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""Run whole grids of combinations, print each as a table and write them to tests/matrix.md. Not part of pytest.
+
+deepspeed   five configurations x three scripts x five architectures, two CPU processes. A cell is ok when
+            - the losses of 20 steps are those of one process without DeepSpeed (within 0.1 %),
+            - what was saved equals what was trained, and nothing is missing or empty,
+            - loaded without DeepSpeed it has the loss that the run reported,
+            - going on from the checkpoint of step 10 gives the losses of the run that was not interrupted.
+
+By hand     python tests/matrix.py                        everything; 20 to 30 minutes on two cores
+            python tests/matrix.py --only 'zero3 .* mpt'  the cells whose name this regular expression is found in
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from unittest import mock
+
+import torch
+import yaml
+from conftest import ROOT, ROWS, load_script, make_checkpoint, write_jsonl
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+# ---- Runs: many in one launch, since imports take longer than they do ----
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def script_path(name):
+    return ROOT / name / f"{name}.py"
+
+
+def launch(runs, folder, note=None):
+    """Run [SCRIPT, ARGUMENT, ...] lists with two CPU processes that can DeepSpeed; return each run's error or ""."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "runs.json").write_text(json.dumps([[str(word) for word in run] for run in runs]))
+    outcomes = folder / "outcomes.jsonl"
+    outcomes.write_text("")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               ROOT / "tests" / "many_runs.py", "runs", folder / "runs.json"]  # fmt: skip
+    settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | settings | {"OUTCOMES": str(outcomes)}
+        )
+        done = 0
+        while process.poll() is None:
+            time.sleep(0.5)
+            if note and len(outcomes.read_text().splitlines()) > done:
+                done = len(outcomes.read_text().splitlines())
+                note(done)
+    errors = [json.loads(line)["error"] for line in outcomes.read_text().splitlines()]
+    return errors + [f"the launch ended early, see {folder / 'log.txt'}"] * (len(runs) - len(errors))
+
+
+# ---- DeepSpeed: what a run is compared with ----
+
+CONFIGS = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+RATES = {"finetune_full": "3e-3", "finetune_lastlayer": "1e-2", "finetune_lora": "1e-2"}
+MODELS = ["gpt2", "gpt_neox", "falcon", "mpt", "llama"]
+
+
+def prepare(folder, kinds):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "train.jsonl", ROWS)
+    for kind in kinds:
+        make_checkpoint(folder / "models" / kind, kind)
+
+
+def arguments(folder, script, kind, batch, steps):
+    """20 steps of 4 examples, in the order of the file; the models have no dropout."""
+    return ["--model_name_or_path", folder / "models" / kind, "--train_file", folder / "train.jsonl",
+            "--validation_file", folder / "train.jsonl", "--learning_rate", RATES[script], "--logging_steps", 1,
+            "--max_steps", steps, "--save_steps", steps // 2, "--train_sampling_strategy", "sequential",
+            "--per_device_train_batch_size", batch]  # fmt: skip
+
+
+def alone(folder, script, kind, more=(), steps=20):
+    """What one process without DeepSpeed makes of it; return the directory of the result."""
+    out = folder / "alone" / script / kind / "-".join(map(str, more))
+    words = [*arguments(folder, script, kind, 4, steps), *more, "--save_strategy", "no", "--output_dir", out]
+    if (out / "all_results.json").is_file():
+        return out
+    module = load_script(script_path(script))
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(module, "draw_loss"):  # slower than training
+        module.main([str(word) for word in words])
+    return out
+
+
+def together(folder, config, script, kind, more=(), steps=20):
+    """Return (OUT, [the run to OUT/whole, the run to OUT/resumed that goes on from its middle])."""
+    out = folder / config / script / kind / "-".join(map(str, more))
+    words = [script_path(script), *arguments(folder, script, kind, 2, steps), *more]
+    words += ["--deepspeed", ROOT / "deepspeed_configs" / f"{config}.json"]
+    resume = ["--resume_from_checkpoint", out / "whole" / f"checkpoint-{steps // 2}"]
+    return out, [[*words, "--output_dir", out / "whole"], [*words, "--output_dir", out / "resumed", *resume]]
+
+
+def logged(directory, name="loss"):
+    history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
+def load(directory, dtype):
+    """The result as generate_text.py loads it: a plain model, or a PEFT adapter on its base, which is as it was."""
+    if not (directory / "adapter_config.json").is_file():
+        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+        assert not info["missing_keys"], info["missing_keys"]
+        return model
+    from peft import PeftModel
+
+    facts = json.loads((directory / "base_model.json").read_text())
+    bits = {"4 bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+            "8 bit": {"load_in_8bit": True}}.get(facts["trained_on"])  # fmt: skip
+    options = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": "cpu"}} if bits else {}
+    base = AutoModelForCausalLM.from_pretrained(facts["base_model"], dtype=dtype, **options)
+    for module in base.modules():
+        module.support_avx512bf16_for_cpu = False  # else an evaluation repacks the weights
+    return PeftModel.from_pretrained(base, directory)
+
+
+@torch.no_grad()
+def mean_loss(model, directory):
+    """Over the learned tokens of the run's validation file, one row at a time, from the raw rows."""
+    given = yaml.safe_load((directory / "run_args.yaml").read_text())
+    tokenizer, losses = AutoTokenizer.from_pretrained(directory), []
+    for row in map(json.loads, Path(given["validation_file"]).read_text().splitlines()):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = prompt + tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        logits = model(input_ids=torch.tensor([ids[:64]]), use_cache=False).logits[0].double()  # 64 positions
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:64]), reduction="none"))
+        losses[-1] = losses[-1][max(len(prompt), 1) - 1 :]
+    return torch.cat(losses).mean().item()
+
+
+def differ(found, wanted):
+    """The largest relative difference of two lists of losses."""
+    assert len(found) == len(wanted) and all(wanted), f"{len(found)} losses, not {len(wanted)}"
+    return max(abs(f - w) / abs(w) for f, w in zip(found, wanted, strict=True))
+
+
+def compare(out, reference=None, tolerance=1e-3):
+    """What is wrong with the result of a run under DeepSpeed in OUT (see the top); "" is nothing."""
+    whole, wrong = out / "whole", []
+    if reference and (apart := differ(logged(whole), logged(reference))) > tolerance:
+        wrong.append(f"losses differ from one process by {apart:.1e}")
+    if reference and logged(whole)[-2] > (1 - 3 * tolerance) * logged(whole)[0]:  # an epoch has one step or two
+        wrong.append(f"it did not learn ({logged(whole)[0]} to {logged(whole)[-2]}), so equal losses prove nothing")
+    file = next(whole.glob("*model.safetensors"))
+    saved = load_file(file)
+    if empty := [name for name, tensor in saved.items() if not tensor.numel() or not tensor.isfinite().all()]:
+        wrong.append(f"empty or not finite: {empty[:3]}")
+    dtype = torch.bfloat16 if any(tensor.dtype == torch.bfloat16 for tensor in saved.values()) else torch.float32
+    model, trained = load(whole, dtype), torch.load(whole / "gathered.pt")
+    loaded = dict(model.named_parameters())
+    if missing := sorted(trained.keys() ^ loaded.keys()):
+        return f"not in both model and result: {missing[:3]}"
+    pairs = {n: [t.to(dtype) if t.is_floating_point() else t for t in (trained[n], loaded[n])] for n in trained}
+    if unequal := sorted(name for name, (one, other) in pairs.items() if not torch.equal(one, other)):
+        wrong.append(f"saved otherwise than trained: {unequal[:3]}")
+    apart = differ([mean_loss(model, whole)], logged(whole, "eval_loss")[-1:])
+    if apart > (tolerance / 10 if dtype == torch.float32 else 1e-3):
+        wrong.append(f"without DeepSpeed the loss differs by {apart:.1e}")
+    if (out / "resumed").is_dir() and (apart := differ(logged(out / "resumed"), logged(whole))) > tolerance / 10:
+        wrong.append(f"resumed losses differ by {apart:.1e}")
+    return "; ".join(wrong)
+
+
+def check(errors, out, *more):
+    """The text of a cell."""
+    try:
+        return "; ".join(filter(None, errors)) or compare(out, *more) or "ok"
+    except (AssertionError, OSError, StopIteration, KeyError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def deepspeed(folder, wanted):
+    """{row: {column: text}}; one launch per configuration."""
+    cells = [(c, s, k) for c in CONFIGS for s in RATES for k in MODELS if wanted(f"{c} {s} {k}")]
+    prepare(folder, sorted({kind for *_, kind in cells}))
+    references = {pair: alone(folder, *pair) for pair in dict.fromkeys(cell[1:] for cell in cells)}
+    table, began, ended = {}, time.time(), 0
+    for config in dict.fromkeys(c for c, *_ in cells):
+        mine = {cell: together(folder, *cell) for cell in cells if cell[0] == config}
+
+        def note(done, config=config, before=ended):
+            left = (time.time() - began) / (before + done) * (2 * len(cells) - before - done)
+            say(f"{config}: {before + done} of {2 * len(cells)} runs, {left / 60:.0f} min left")
+
+        errors = launch([run for _, runs in mine.values() for run in runs], folder / config, note)
+        for i, ((_, script, kind), (out, _)) in enumerate(mine.items()):
+            text = check(errors[2 * i : 2 * i + 2], out, references[script, kind])
+            table.setdefault(f"{script}, {config}", {})[kind] = text
+            say(f"{config} {script} {kind}: {text}")
+        ended += 2 * len(mine)
+    return table
+
+
+# ---- The command ----
+
+GRIDS = {"deepspeed": deepspeed}  # a further grid is a further function(folder, wanted) -> {row: {column: text}}
+
+
+def as_markdown(table):
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(row.get(column, "") for column in columns)] for name, row in table.items()]
+    return "\n".join("| " + " | ".join(line).replace("\n", " ") + " |" for line in lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("grids", nargs="*", default=[*GRIDS], metavar="GRID", help=f"From {', '.join(GRIDS)}; or all.")
+    parser.add_argument("--only", default="", help="Regular expression: the cells to run; writes no file.")
+    args = parser.parse_args()
+    if unknown := set(args.grids) - set(GRIDS):
+        parser.error(f"no grid {', '.join(unknown)}; there are {', '.join(GRIDS)}")
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    torch.set_num_threads(1)
+    names = ("torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes")
+    parts, began = [], time.time()
+    folder = Path(tempfile.mkdtemp(prefix="matrix"))
+    os.environ["HF_HOME"] = str(folder / "hf")
+    for grid in args.grids:
+        table = GRIDS[grid](folder / grid, lambda name: re.search(args.only, name))
+        count = [text for row in table.values() for text in row.values()]
+        parts.append(f"## {grid}: {count.count('ok')} of {len(count)} ok\n\n{as_markdown(table)}")
+        print(parts[-1])
+    shutil.rmtree(folder) if all(text == "ok" for text in count) else print(f"kept: {folder}")
+    head = (f"# What works\n\nWritten by `python tests/matrix.py` on {date.today()} in "
+            f"{(time.time() - began) / 60:.0f} minutes, on CPU: "
+            + ", ".join(f"{name} {version(name)}" for name in names) + ".")  # fmt: skip
+    if not args.only and set(args.grids) == set(GRIDS):
+        (ROOT / "tests" / "matrix.md").write_text("\n\n".join([head, *parts]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
