@@ -39,6 +39,7 @@ from typing import Literal
 import torch
 import yaml
 from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars, load_dataset
+from sentencepiece import SentencePieceProcessor
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -56,17 +57,24 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 # ---- The lesson: what is trained, and in which order things happen. Edit here. ----
 
 # For tokenizers without a chat template; saved with the model, so that generation uses the same.
 # Copied from finetune_full/finetune_full.py
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '### 応答:\n' + m.content + eos_token + '\n' }}"
+CHAT_TEMPLATES = {
+    "alpaca": "{% for m in messages %}{% if m.role == 'assistant' %}{{ '### 応答:\n' + m.content + eos_token + '\n' }}"
     "{% else %}{{ '### ' + ('指示' if m.role == 'user' else m.role) + ':\n' + m.content + '\n\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '### 応答:\n' }}{% endif %}"
-)
+    "{% endfor %}{% if add_generation_prompt %}{{ '### 応答:\n' }}{% endif %}",
+    "dolly": "{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.' }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '### Response:\n' + m.content }}"
+    "{{ '\n\n### End' }}{% else %}{{ '\n\n### Instruction:\n' + m.content + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}",
+    "rinna": "{% for m in messages %}{% set text = m.content | replace('\n', '<NL>') %}{% if m.role == 'assistant' %}"
+    "{{ 'システム: ' + text + eos_token + '<NL>' }}{% else %}{{ 'ユーザー: ' + text + '<NL>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'システム: ' }}{% endif %}",
+}
 
 
 # Copied from finetune_full/finetune_full.py
@@ -87,6 +95,9 @@ class ScriptArguments:
     attn_implementation: str | None = argument(None, "eager, sdpa, flash_attention_2 (to be installed), ...")
     early_stopping_patience: int | None = argument(
         None, "Stop after this many evaluations without a lower loss, and keep the best; evaluates at each save."
+    )
+    chat_template: str | None = argument(
+        None, "alpaca, dolly, rinna or a Jinja file. Default: the tokenizer's own, or alpaca where it has none."
     )
     trust_remote_code: bool = argument(False, "Run code from the model's repository. Only if you have read it.")
     lora_r: int = argument(16, "Rank: r x (inputs + outputs) parameters per layer; capacity and memory grow with it.")
@@ -495,13 +506,11 @@ def encode(tokenizer, pieces):
 
 # Copied from finetune_full/finetune_full.py
 def turn_end_id(tokenizer):
-    """The special token that ends an assistant's turn in the chat template: there generation stops."""
+    """The special token that ends an assistant's turn in the chat template, where generation stops, or None."""
     turn = chat_pieces(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    special = [label for label in encode(tokenizer, turn or [])[1] if label in tokenizer.all_special_ids]
-    if not special:
-        fail("the chat template ends an assistant's turn with no special token, so the model would never learn to "
-             "stop. Put eos_token behind the answer in the tokenizer's chat_template.")  # fmt: skip
-    return special[-1]
+    # all_special_ids has only tokens with a role, such as eos_token; Gemma's <end_of_turn> has none.
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    return next((label for label in reversed(encode(tokenizer, turn or [])[1]) if label in special), None)
 
 
 # Copied from finetune_full/finetune_full.py
@@ -533,6 +542,9 @@ def generate_examples(source, tokenizer, max_length, cache_key):
     rows = read_rows(source) if isinstance(source, str) else ((f"row {i}", row) for i, row in enumerate(source, 1))
     for place, row in rows:
         found = find_shape(place, row)
+        if shape is None and found in ("messages", "instruction") and turn_end_id(tokenizer) is None:
+            fail("the chat template ends an assistant's turn with no special token, so the model would never learn to "
+                 "stop. Put eos_token behind the answer in it, or take another --chat_template.")  # fmt: skip
         shape = shape or found
         if found != shape:
             fail(f"{place}: the columns {', '.join(row)} are of another shape than the rows before ({shape}).")
@@ -653,11 +665,14 @@ def collate(rows, packed=False):
 def packing_is_exact(model, device):
     """Whether packed examples do not see each other on this architecture and attention implementation.
 
-    Measured, not looked up: two short examples, together and apart, on a random twin of the model's configuration
+    Measured, not looked up: short examples, together and apart, on a random twin of the model's configuration
     (two layers, or one of each kind; weights with std 0.15, since smaller ones attend evenly and would hide a leak).
     """
     config = deepcopy(model.config)
-    examples = [{"input_ids": ids, "labels": ids} for ids in ([5, 9, 2, 7, 3], [11, 4, 6])]
+    examples = [{"input_ids": ids, "labels": ids} for ids in ([5, 9, 2, 7, 3], [11, 4, 6, 8, 21, 1, 13], [17, 10, 12])]
+    for window in ("sliding_window", "attention_chunk_size"):  # shorter than the examples, or it would not matter
+        if getattr(config, window, None):
+            setattr(config, window, 4)
     if getattr(config, "layer_types", None):
         config.layer_types = [*dict.fromkeys(config.layer_types), config.layer_types[0]]
     config.num_hidden_layers = len(getattr(config, "layer_types", None) or [0, 0])
@@ -666,6 +681,8 @@ def packing_is_exact(model, device):
     dtype, tolerance = (torch.bfloat16, 0.1) if "flash" in config._attn_implementation else (torch.float32, 1e-4)
     try:
         twin = type(model)(config).to(device, dtype).eval()
+        if kinds_of_layers(model) - kinds_of_layers(twin):
+            return False  # a kind of layer that comes later in the model: not tried
         for parameter in twin.parameters():
             torch.nn.init.normal_(parameter, std=0.15)
         together = token_losses(twin, [examples], device)
@@ -673,6 +690,14 @@ def packing_is_exact(model, device):
     except (ValueError, TypeError, RuntimeError, AttributeError):
         return False  # no twin, no proof
     return torch.allclose(together, apart, rtol=0, atol=tolerance)
+
+
+# Copied from finetune_full/finetune_full.py
+def kinds_of_layers(model):
+    """The names of the model's own classes of modules, as its architecture defines them."""
+    return {
+        type(m).__name__ for m in model.modules() if type(m).__module__.startswith(("transformers.", "transformers_"))
+    }
 
 
 # Copied from finetune_full/finetune_full.py
@@ -1046,8 +1071,8 @@ def load_tokenizer(script):
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {script.model_name_or_path} has no EOS token, so the model could not learn to stop. "
              "Set eos_token in its tokenizer_config.json.")  # fmt: skip
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = ("{{ bos_token }}" if leading_ids(tokenizer) else "") + CHAT_TEMPLATE
+    check_tokenizer(script.model_name_or_path, tokenizer, config.get_text_config().vocab_size)
+    choose_chat_template(script.chat_template, tokenizer)
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     positions = next((getattr(config, name) for name in names if getattr(config, name, None)), 1024)
     max_length = min(1024, positions) if script.max_length is None else script.max_length
@@ -1083,6 +1108,52 @@ def compare_whole_tensors():
 
 
 # Copied from finetune_full/finetune_full.py
+def check_tokenizer(name, tokenizer, rows):
+    """Refuse a tokenizer with other ids than the model was trained with."""
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    files = ("tokenizer_config.json", "tokenizer.json", "spiece.model", "tokenizer.model")
+    settings, exact, *models = (cached_file(name, file, **quiet) for file in files)
+    settings, faults = json.loads(Path(settings).read_text(encoding="utf-8")) if settings else {}, []
+    if model := next(
+        filter(None, models), None
+    ):  # does transformers read it as sentencepiece does? A text of its pieces
+        sp = SentencePieceProcessor(model_file=model)
+        kinds = (sp.is_control, sp.is_byte, sp.is_unknown, sp.is_unused)
+        ids = [i for i in range(sp.vocab_size()) if not any(kind(i) for kind in kinds)]
+        text = "あ" + "".join(sp.id_to_piece(ids[:: len(ids) // 500 + 1])).replace("▁", " ") + "鬱😀  ＡＢ\nｱ"
+        if sp.encode(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
+            faults.append(f"other ids than {Path(model).name} itself")
+    if (last := max(tokenizer.get_vocab().values())) >= rows:
+        faults.append(f"ids up to {last}, past the end of the embedding with its {rows} rows")
+    # transformers 4 put BOS before a text where a Llama tokenizer does not say; 5 does not.
+    is_llama = not exact and str(settings.get("tokenizer_class")).startswith("LlamaTokenizer")
+    if settings.get("add_bos_token", is_llama) and leading_ids(tokenizer) != [tokenizer.bos_token_id]:
+        faults.append("no BOS, which its files ask for")
+    convert = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name} --output_dir NEW, and use NEW"
+    help_text = f"Convert it once: {convert}" if model else "Take the files that this model was published with"
+    if faults:
+        fail(f"the tokenizer of {name} gives {' and '.join(faults)}. {help_text}.")
+
+
+# Copied from finetune_full/finetune_full.py
+def choose_chat_template(name, tokenizer):
+    """Set the template named, or ours where the tokenizer has none."""
+    if name is None and tokenizer.chat_template is not None:
+        return
+    template = CHAT_TEMPLATES.get(name or "alpaca")
+    if template is None:
+        try:
+            template = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            fail(
+                f"--chat_template {name} is none of {', '.join(CHAT_TEMPLATES)}, and no file of it can be read: {error}"
+            )
+    else:
+        template = ("{{ bos_token }}" if leading_ids(tokenizer) else "") + template
+    tokenizer.chat_template = template
+
+
+# Copied from finetune_full/finetune_full.py
 def check_model(script, tokenizer, model, info):
     """Refuse a checkpoint that would train with random weights or wrong ids, and set what its class leaves open."""
     rows = model.config.vocab_size
@@ -1095,7 +1166,7 @@ def check_model(script, tokenizer, model, info):
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         fail(f"{type(model).__name__} takes no `logits_to_keep`, which this script's loss needs.")
     model.loss_type = "ForCausalLM"  # gpt2 names none, and its loss would be divided by the wrong number of tokens
-    model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, turn_end_id(tokenizer)})
+    model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None})
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # a temperature or the like without do_sample: nothing could be saved

@@ -61,11 +61,18 @@ def main(argv=None):
 # ---- Prompts: the same ids as in training ----
 
 # Copied from finetune_full/finetune_full.py
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '### 応答:\n' + m.content + eos_token + '\n' }}"
+CHAT_TEMPLATES = {
+    "alpaca": "{% for m in messages %}{% if m.role == 'assistant' %}{{ '### 応答:\n' + m.content + eos_token + '\n' }}"
     "{% else %}{{ '### ' + ('指示' if m.role == 'user' else m.role) + ':\n' + m.content + '\n\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '### 応答:\n' }}{% endif %}"
-)
+    "{% endfor %}{% if add_generation_prompt %}{{ '### 応答:\n' }}{% endif %}",
+    "dolly": "{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.' }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '### Response:\n' + m.content }}"
+    "{{ '\n\n### End' }}{% else %}{{ '\n\n### Instruction:\n' + m.content + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}",
+    "rinna": "{% for m in messages %}{% set text = m.content | replace('\n', '<NL>') %}{% if m.role == 'assistant' %}"
+    "{{ 'システム: ' + text + eos_token + '<NL>' }}{% else %}{{ 'ユーザー: ' + text + '<NL>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'システム: ' }}{% endif %}",
+}
 
 # Copied from finetune_full/finetune_full.py
 SHAPES = {
@@ -175,6 +182,15 @@ def encode(tokenizer, pieces):
     return ids, labels
 
 
+# Copied from finetune_full/finetune_full.py
+def turn_end_id(tokenizer):
+    """The special token that ends an assistant's turn in the chat template, where generation stops, or None."""
+    turn = chat_pieces(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    # all_special_ids has only tokens with a role, such as eos_token; Gemma's <end_of_turn> has none.
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    return next((label for label in reversed(encode(tokenizer, turn or [])[1]) if label in special), None)
+
+
 def read_places(args):
     """Yield (place, row) of the prompts; a file that holds no JSON or Parquet is plain text, a prompt a line."""
     if args.prompt_file is None:
@@ -257,11 +273,73 @@ def load_tokenizer(args):
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path if own else args.base, **remote)
     except (OSError, ValueError) as error:
         fail(f"--model_name_or_path {args.base} is no model here, nor could it be fetched: {error}"[:400])
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = ("{{ bos_token }}" if leading_ids(tokenizer) else "") + CHAT_TEMPLATE
+    adapted = own and args.base != args.model_name_or_path  # an adapter may bring rows for new tokens
+    check_tokenizer(args.model_name_or_path if own else args.base, tokenizer,
+                    sys.maxsize if adapted else config.get_text_config().vocab_size)  # fmt: skip
+    choose_chat_template(args.chat_template, tokenizer)
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     args.positions = next((getattr(config, name) for name in names if getattr(config, name, None)), sys.maxsize)
     return tokenizer, config
+
+
+def cached_file(*args, **kwargs):
+    """Where a file of a model is; None where it has no such file."""
+    from transformers.utils import cached_file
+
+    return cached_file(*args, **kwargs)
+
+
+def SentencePieceProcessor(**kwargs):
+    """The package's own class, which only some tokenizers need."""
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(**kwargs)
+
+
+# Copied from finetune_full/finetune_full.py
+def check_tokenizer(name, tokenizer, rows):
+    """Refuse a tokenizer with other ids than the model was trained with."""
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    files = ("tokenizer_config.json", "tokenizer.json", "spiece.model", "tokenizer.model")
+    settings, exact, *models = (cached_file(name, file, **quiet) for file in files)
+    settings, faults = json.loads(Path(settings).read_text(encoding="utf-8")) if settings else {}, []
+    if model := next(
+        filter(None, models), None
+    ):  # does transformers read it as sentencepiece does? A text of its pieces
+        sp = SentencePieceProcessor(model_file=model)
+        kinds = (sp.is_control, sp.is_byte, sp.is_unknown, sp.is_unused)
+        ids = [i for i in range(sp.vocab_size()) if not any(kind(i) for kind in kinds)]
+        text = "あ" + "".join(sp.id_to_piece(ids[:: len(ids) // 500 + 1])).replace("▁", " ") + "鬱😀  ＡＢ\nｱ"
+        if sp.encode(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
+            faults.append(f"other ids than {Path(model).name} itself")
+    if (last := max(tokenizer.get_vocab().values())) >= rows:
+        faults.append(f"ids up to {last}, past the end of the embedding with its {rows} rows")
+    # transformers 4 put BOS before a text where a Llama tokenizer does not say; 5 does not.
+    is_llama = not exact and str(settings.get("tokenizer_class")).startswith("LlamaTokenizer")
+    if settings.get("add_bos_token", is_llama) and leading_ids(tokenizer) != [tokenizer.bos_token_id]:
+        faults.append("no BOS, which its files ask for")
+    convert = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name} --output_dir NEW, and use NEW"
+    help_text = f"Convert it once: {convert}" if model else "Take the files that this model was published with"
+    if faults:
+        fail(f"the tokenizer of {name} gives {' and '.join(faults)}. {help_text}.")
+
+
+# Copied from finetune_full/finetune_full.py
+def choose_chat_template(name, tokenizer):
+    """Set the template named, or ours where the tokenizer has none."""
+    if name is None and tokenizer.chat_template is not None:
+        return
+    template = CHAT_TEMPLATES.get(name or "alpaca")
+    if template is None:
+        try:
+            template = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            fail(
+                f"--chat_template {name} is none of {', '.join(CHAT_TEMPLATES)}, and no file of it can be read: {error}"
+            )
+    else:
+        template = ("{{ bos_token }}" if leading_ids(tokenizer) else "") + template
+    tokenizer.chat_template = template
 
 
 def load_model(args, precision, tokens):
@@ -373,8 +451,7 @@ def set_generation(args, model, tokenizer, is_chat):
         ends += config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends.append(tokenizer.get_added_vocab().get("### End"))  # Dolly's answers end with it, not with EOS
     if is_chat:
-        turn = chat_pieces(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        ends += [i for i in encode(tokenizer, turn or [])[1] if i in tokenizer.all_special_ids][-1:]
+        ends.append(turn_end_id(tokenizer))
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0} if args.do_sample else {}
     ends = sorted(i for i in {*ends} if i is not None and i < model.config.vocab_size)
@@ -578,6 +655,7 @@ def parse(argv):
     add("--load_in_8bit", **switch, help="Weights in 8 bit: half the memory, slower, slightly other answers.")
     add("--load_in_4bit", **switch, help="Weights in 4 bit (NF4): a quarter of the memory, answers differ more.")
     add("--compare_base", **switch, help="Answer without the adapter as well; takes twice the time.")
+    add("--chat_template", help="alpaca, dolly, rinna or a Jinja file. Default: the tokenizer's own, else alpaca.")
     add("--trust_remote_code", **switch, help="Run code from the model's repository. Only if you have read it.")
     return parser.parse_args(argv)
 

@@ -6,6 +6,7 @@ import random
 import pytest
 import sentencepiece
 from conftest import ROOT, load_script
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 # Spaces, line ends, full width, half width, rare characters, literal names of bytes: what the two could read apart.
@@ -121,6 +122,60 @@ def test_wrong_conversion_is_refused(script, repositories, monkeypatch, tmp_path
     assert stopped.value.code == 2
     assert "other ids than from sentencepiece" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+SCRIPTS = ["finetune_full", "finetune_lastlayer", "finetune_lora", "generate_text"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_refuses_what_it_would_read_wrongly(name, repositories, tmp_path, capsys):
+    """Each repository as it is published is exact or refused, and what the refusal tells to type makes it exact."""
+    guard = load_script(ROOT / name / f"{name}.py").check_tokenizer
+    for kind, directory in repositories.items():
+        file, _, _, bos = KINDS[kind]
+        model = sentencepiece.SentencePieceProcessor(model_file=str(directory / file))
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        sound = all(ids_of(tokenizer, text) == model.encode(text) for text in HARD if not text.startswith(" "))
+        sound = sound and max(tokenizer.get_vocab().values()) < model.vocab_size()
+        sound = sound and (tokenizer("a")["input_ids"][0] == model.bos_id()) == bos
+        assert sound == (kind == "openllama")  # so that both sides of the guard are seen
+        if sound:
+            guard(str(directory), tokenizer, model.vocab_size())
+            continue
+        with pytest.raises(SystemExit) as stopped:
+            guard(str(directory), tokenizer, model.vocab_size())
+        error = capsys.readouterr().err
+        assert (stopped.value.code, error.count("\n")) == (2, 1)
+        command = error.split("convert_tokenizer.py ")[1].split(", and use")[0]
+        new = tmp_path / directory.name
+        words = command.replace(" NEW", f" {new}").split()
+        load_script(ROOT / "generate_text" / "convert_tokenizer.py").main(words)
+        guard(str(new), AutoTokenizer.from_pretrained(new), model.vocab_size())
+
+
+def test_each_fault_alone_is_refused(repositories, tmp_path, capsys):
+    """A missing BOS, ids past the embedding, other ids: each by itself, and named."""
+    guard = load_script(ROOT / "finetune_full" / "finetune_full.py").check_tokenizer
+    convert = load_script(ROOT / "generate_text" / "convert_tokenizer.py")
+    convert.main(["--model_name_or_path", str(repositories["openllama"]), "--output_dir", str(tmp_path / "new")])
+    config = tmp_path / "new" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    rows = len(tokenizer)
+    guard(str(tmp_path / "new"), tokenizer, rows)
+    plain, other = AutoTokenizer.from_pretrained(tmp_path / "new"), AutoTokenizer.from_pretrained(tmp_path / "new")
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    other.backend_tokenizer.normalizer = None
+    for wrong, count, message in (
+        (plain, rows, "no BOS"),
+        (tokenizer, rows - 1, "past the end"),
+        (other, rows, "other ids"),
+    ):
+        with pytest.raises(SystemExit):
+            guard(str(tmp_path / "new"), wrong, count)
+        faults = capsys.readouterr().err.split(" gives ")[1].split(". Convert")[0]
+        assert message in faults
+        assert " and " not in faults, "only what is wrong is named"
 
 
 def test_bad_input(script, repositories, tmp_path, capsys):

@@ -15,7 +15,7 @@ from conftest import CONFIGS, ROOT, ROWS, load_script, make_tokenizer, write_jso
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 SCRIPT = ROOT / "finetune_full" / "finetune_full.py"
@@ -163,7 +163,7 @@ def test_one_step_is_one_gradient_step(kind, script, checkpoints, train_file, tm
 @pytest.mark.parametrize("bos", [False, True])
 def test_labels_of_every_shape(bos, script):
     tokenizer = make_tokenizer(bos)
-    tokenizer.chat_template = ("{{ bos_token }}" if bos else "") + script.CHAT_TEMPLATE
+    tokenizer.chat_template = ("{{ bos_token }}" if bos else "") + script.CHAT_TEMPLATES["alpaca"]
     first, eos = [1] if bos else [], tokenizer.eos_token_id
 
     def ids(text):
@@ -205,6 +205,65 @@ def test_labels_of_every_shape(bos, script):
     )
     assert script.turn_end_id(tokenizer) == eos
     assert script.encode(tokenizer, [("<s>二度", False)])[0][:2] != [1, 1]  # a BOS written in the text is not doubled
+
+
+CONVERSATION = [{"role": "user", "content": "一\n行"}, {"role": "assistant", "content": "二\n行"},
+                {"role": "user", "content": "三"}, {"role": "assistant", "content": "四"}]  # fmt: skip
+INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+# What a conversation looks like, and which parts of it are learned, by the makers' own descriptions.
+TEMPLATES = {
+    "alpaca": ["### 指示:\n一\n行\n\n### 応答:\n", "二\n行<|endoftext|>\n", "### 指示:\n三\n\n### 応答:\n",
+               "四<|endoftext|>\n"],
+    "dolly": [f"{INTRO}\n\n### Instruction:\n一\n行\n\n### Response:\n", "二\n行\n\n### End",
+              "\n\n### Instruction:\n三\n\n### Response:\n", "四\n\n### End"],
+    "rinna": ["ユーザー: 一<NL>行<NL>システム: ", "二<NL>行<|endoftext|><NL>", "ユーザー: 三<NL>システム: ",
+              "四<|endoftext|><NL>"],
+    # of today: a template in the tokenizer, whose end of a turn is special without having a role
+    "turns": ["<turn>user\n一\n行<end>\n<turn>model\n", "二\n行<end>\n", "<turn>user\n三<end>\n<turn>model\n",
+              "四<end>\n"],
+}  # fmt: skip
+TURNS = (
+    "{% for m in messages %}{{ '<turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content }}"
+    "{{ '<end>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates_token_by_token(name, script):
+    """Ids and labels of a conversation of two turns, piece by piece, and the token at which generation stops."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in ("### End", "<turn>", "<end>")])
+    tokenizer.chat_template = TURNS if name == "turns" else None
+    script.choose_chat_template(None if name == "turns" else name, tokenizer)
+    ids, labels = [], []
+    for number, text in enumerate(TEMPLATES[name]):
+        new = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += new
+        labels += new if number % 2 else [-100] * len(new)
+    ((found, learned, outcome),) = script.encode_row(tokenizer, "", {"messages": CONVERSATION}, "messages", 500)
+    assert (list(found), list(learned), outcome) == (ids, labels, "kept")
+    end = {"dolly": "### End", "turns": "<end>"}.get(name, "<|endoftext|>")
+    assert script.turn_end_id(tokenizer) == tokenizer.convert_tokens_to_ids(end)
+
+
+def test_templates_that_cannot_be_learned(script, checkpoints, tmp_path, capsys):
+    """A turn without a special end teaches no stop; a template that rewrites earlier turns has no fixed prefix."""
+    data = write_jsonl(tmp_path / "chat.jsonl", [{"messages": CONVERSATION}])
+    common = ["--model_name_or_path", checkpoints["gpt2"], "--train_file", data, "--output_dir", tmp_path / "out"]
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    assert "no special token" in refused(script, capsys, [*common, "--chat_template", tmp_path / "plain.jinja"])
+    assert "no special token" in refused(script, capsys, [*common, "--chat_template", "dolly"])  # no ### End there
+    rewriting = (
+        "{% for m in messages %}{% if loop.last %}<|endoftext|>{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    (tmp_path / "rewriting.jinja").write_text(rewriting)
+    message = refused(script, capsys, [*common, "--chat_template", tmp_path / "rewriting.jinja"])
+    assert "rewrites earlier turns" in message or "no special token" in message
+    assert "none of alpaca, dolly, rinna" in refused(script, capsys, [*common, "--chat_template", "nothing"])
+    # other shapes do not use a template
+    rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    more = ["--output_dir", tmp_path / "rows", "--max_steps", 1, "--chat_template", tmp_path / "plain.jinja"]
+    script.main([str(word) for word in [*common, "--train_file", rows, *more]])
 
 
 def test_what_is_dropped_is_counted(script, checkpoints, tmp_path, capsys):
@@ -434,9 +493,9 @@ def test_settings_file(script, checkpoints, train_file, tmp_path, capsys):
 
 
 def test_bad_models(script, checkpoints, train_file, tmp_path, capsys):
-    """A checkpoint without some weights, ids past the embedding, a template that no answer ends."""
-    lacking, long, endless = (tmp_path / name for name in ("lacking", "long", "endless"))
-    for directory in (lacking, long, endless):
+    """A checkpoint without some weights, ids past the embedding."""
+    lacking, long = (tmp_path / name for name in ("lacking", "long"))
+    for directory in (lacking, long):
         shutil.copytree(checkpoints["llama"], directory)
     state = weights(checkpoints["llama"])
     save_file(
@@ -445,14 +504,7 @@ def test_bad_models(script, checkpoints, train_file, tmp_path, capsys):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([f"<new{i}>" for i in range(50)])
     tokenizer.save_pretrained(long)
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    tokenizer.save_pretrained(endless)
-    for directory, message in (
-        (lacking, "would start at random"),
-        (long, "past its end"),
-        (endless, "never learn to stop"),
-    ):
+    for directory, message in ((lacking, "would start at random"), (long, "past the end")):
         base = ["--model_name_or_path", directory, "--train_file", train_file, "--output_dir", tmp_path / "o"]
         assert message in refused(script, capsys, base)
 

@@ -78,13 +78,18 @@ CONVERSATION = [
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("template", [None, OWN_TEMPLATE])
-def test_prompt_has_the_ids_it_had_in_training(tmp_path, bos, template):
+@pytest.mark.parametrize(
+    ("template", "chosen"), [(None, None), (OWN_TEMPLATE, None), (None, "rinna"), (OWN_TEMPLATE, "dolly")]
+)
+def test_prompt_has_the_ids_it_had_in_training(tmp_path, bos, template, chosen):
     tokenizer = make_tokenizer(bos)
     tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": ["### End"]})
     tokenizer.save_pretrained(tmp_path)
-    CONFIGS["llama"](300).save_pretrained(tmp_path)
-    args = SimpleNamespace(model_name_or_path=str(tmp_path), base=str(tmp_path), trust_remote_code=False)
+    CONFIGS["llama"](301).save_pretrained(tmp_path)
+    args = SimpleNamespace(
+        model_name_or_path=str(tmp_path), base=str(tmp_path), trust_remote_code=False, chat_template=chosen
+    )
     tokenizer, _ = script.load_tokenizer(args)
     trained, _ = finetune.load_tokenizer(SimpleNamespace(**vars(args), max_length=None, packing_length=None))
     assert tokenizer.chat_template == trained.chat_template
@@ -106,7 +111,7 @@ def test_prompt_has_the_ids_it_had_in_training(tmp_path, bos, template):
             last = max(i for i, label in enumerate(labels) if label == -100) + 1
         prompt = script.encode_prompt(tokenizer, "row", shape, row)
         assert outcome == "kept" and prompt == ids[:last]
-        assert prompt.count(1) == int(bos or (template is not None and shape != "prompt"))
+        assert prompt.count(1) == int(bos or (template is not None and chosen is None and shape != "prompt"))
     unanswered = [{"prompt": "語 "}, {"messages": CONVERSATION[:-1]}]
     for row, whole in zip(unanswered, (rows[1], rows[-1]), strict=True):
         shape = finetune.find_shape("row", whole)
@@ -604,7 +609,7 @@ BAD = [
     ("--model_name_or_path {tmp} --prompt a", "is no model here"),
     ("--model_name_or_path {cut} --prompt a", "cannot be loaded"),
     ("--model_name_or_path {lacking} --prompt a", "lacks weights"),
-    ("--model_name_or_path {foreign} --prompt <|im_end|>", "the id 300, but the embedding has 300 rows"),
+    ("--model_name_or_path {foreign} --prompt <|im_end|>", "gives ids up to 300, past the end of the embedding"),
     ("--model_name_or_path {old} --prompt a", "is no model here"),
     ("--model_name_or_path {lost} --prompt a", "base model ../lost of this adapter"),
     ("--model_name_or_path {baseless} --prompt a", "base_model_name_or_path"),
