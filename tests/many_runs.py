@@ -62,7 +62,7 @@ def run(script, arguments):
         try:
             module.main(arguments)
         except SystemExit as stop:
-            return errors.getvalue().strip().splitlines()[-1] if stop.code else ""
+            return ["left", *errors.getvalue().strip().splitlines()][-1] if stop.code else ""
         except Exception:
             print(traceback.format_exc(), flush=True)
             return traceback.format_exc().strip().splitlines()[-1]
