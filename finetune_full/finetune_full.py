@@ -414,16 +414,16 @@ def packing_is_exact(model, device):
     """
     config = deepcopy(model.config)
     examples = [{"input_ids": ids, "labels": ids} for ids in ([5, 9, 2, 7, 3], [11, 4, 6, 8, 21, 1, 13], [17, 10, 12])]
-    for window in ("sliding_window", "attention_chunk_size"):  # shorter than the examples, or it would not matter
-        if getattr(config, window, None):
-            setattr(config, window, 4)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [*dict.fromkeys(config.layer_types), config.layer_types[0]]
-    config.num_hidden_layers = len(getattr(config, "layer_types", None) or [0, 0])
-    config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = 64, None, None, None
     # Flash attention has 16-bit kernels only; their rounding is far below what a leak changes (1 and more).
     dtype, tolerance = (torch.bfloat16, 0.1) if "flash" in config._attn_implementation else (torch.float32, 1e-4)
     try:
+        for window in ("sliding_window", "attention_chunk_size"):  # shorter than the examples, or it would not matter
+            if getattr(config, window, None):
+                setattr(config, window, 4)
+        if getattr(config, "layer_types", None):
+            config.layer_types = [*dict.fromkeys(config.layer_types), config.layer_types[0]]
+        config.num_hidden_layers = len(getattr(config, "layer_types", None) or [0, 0])
+        config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = 64, None, None, None
         twin = type(model)(config).to(device, dtype).eval()
         if kinds_of_layers(model) - kinds_of_layers(twin):
             return False  # a kind of layer that comes later in the model: not tried
@@ -437,10 +437,9 @@ def packing_is_exact(model, device):
 
 
 def kinds_of_layers(model):
-    """The names of the model's own classes of modules, as its architecture defines them."""
-    return {
-        type(m).__name__ for m in model.modules() if type(m).__module__.startswith(("transformers.", "transformers_"))
-    }
+    """The classes of modules that an architecture defines itself."""
+    others = ("torch.", "bitsandbytes.", "peft.")
+    return {type(module).__name__ for module in model.modules() if not type(module).__module__.startswith(others)}
 
 
 @torch.no_grad()
@@ -875,14 +874,11 @@ def choose_chat_template(name, tokenizer):
 
 
 def check_model(script, tokenizer, model, info):
-    """Refuse a checkpoint that would train with random weights or wrong ids, and set what its class leaves open."""
-    rows = model.config.vocab_size
+    """Refuse a checkpoint that would train with random weights, and set what its class leaves open."""
     if info["missing_keys"]:
         fail(
             f"{script.model_name_or_path} lacks weights that would start at random: {sorted(info['missing_keys'])[:3]}"
         )
-    if len(tokenizer) > rows:
-        fail(f"the tokenizer has {len(tokenizer)} tokens but the embedding {rows} rows: ids would point past its end.")
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         fail(f"{type(model).__name__} takes no `logits_to_keep`, which this script's loss needs.")
     model.loss_type = "ForCausalLM"  # gpt2 names none, and its loss would be divided by the wrong number of tokens

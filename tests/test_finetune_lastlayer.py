@@ -309,7 +309,7 @@ def test_bad_checkpoints(script, checkpoints, new_file, tmp_path, capsys):
     tokenizer.add_tokens([f"<old{i}>" for i in range(5)])
     tokenizer.save_pretrained(tmp_path / "long")
     more = ["--train", "new_tokens", "--new_tokens", NEW]
-    assert "past its end" in refused(script, capsys, [*base, tmp_path / "long", *more])
+    assert "past the end" in refused(script, capsys, [*base, tmp_path / "long", *more])
 
 
 @pytest.mark.usefixtures("no_picture")
