@@ -820,13 +820,17 @@ def gathered(*parameters):
 
 def compare_whole_tensors():
     """Under ZeRO-3 transformers compares emptied tensors: a head of its own, as Falcon's may be, would be lost."""
-    import transformers.modeling_utils
+    import transformers.modeling_utils as library
+
+    plain = library._tied_params_are_equal  # private: should it be gone one day, better an error than a lost head
+    plain = getattr(plain, "plain", plain)  # set before, by another run in this process
 
     def equal(one, other):
         with gathered(one, other):
-            return torch.equal(one, other)
+            return plain(one, other)
 
-    transformers.modeling_utils._tied_params_are_equal = equal
+    equal.plain = plain
+    library._tied_params_are_equal = equal
 
 
 def check_tokenizer(name, tokenizer, rows):
@@ -913,6 +917,10 @@ def find_resume_point(script, training, given):
     if finished:
         say("finished", f"{output_dir} holds this run's result; --resume_from_checkpoint false would start it anew")
         raise SystemExit(0)
+    ranks = len([*last.glob("rng_state*.pth")])
+    if ranks not in (0, training.world_size):
+        fail(f"{last} is of a run with {ranks} process(es), this one has {training.world_size}: the batches would be "
+             "others. Use as many, or start anew with --resume_from_checkpoint false.")  # fmt: skip
     state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
     if state["global_step"] >= state["max_steps"]:  # trained to the end, then cut off: Trainer would add a step
         training.max_steps, training.num_train_epochs = -1, int(state["epoch"])

@@ -359,7 +359,10 @@ def load_model(args, precision, tokens):
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,  # as finetune_lora.py trains on it
+            bnb_4bit_compute_dtype=dtype,
         )
     if "quantization_config" in options:
         modeling_falcon.FalconLinear = torch.nn.Linear  # the same layer, but the quantiser passes over subclasses
@@ -434,7 +437,7 @@ def add_adapter(args, model, tokens):
 
 def count_quantised(model):
     """The number of layers that bitsandbytes holds in 8 or 4 bit."""
-    return sum(type(module).__name__ in ("Linear8bitLt", "Linear4bit") for module in model.modules())
+    return sum(type(module).__module__ == "bitsandbytes.nn.modules" for module in model.modules())
 
 
 def set_generation(args, model, tokenizer, is_chat):

@@ -15,7 +15,7 @@ from conftest import CONFIGS, ROOT, ROWS, load_script, make_tokenizer, write_jso
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 SCRIPT = ROOT / "finetune_full" / "finetune_full.py"
@@ -327,6 +327,14 @@ def test_a_finished_or_other_run_is_not_touched(script, checkpoints, tmp_path, c
     os.utime(train_file, (time.time() + 9, time.time() + 9))
     assert "t.jsonl was written after the run began" in refused(script, capsys, arguments)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    # another number of processes means other batches
+    (out / "all_results.json").unlink()
+    os.utime(train_file, (1, 1))
+    write_jsonl(tmp_path / "t.jsonl", ROWS)
+    os.utime(train_file, (1, 1))
+    (out / "checkpoint-2" / "rng_state.pth").rename(out / "checkpoint-2" / "rng_state_0.pth")
+    (out / "checkpoint-2" / "rng_state_1.pth").touch()
+    assert "of a run with 2 process(es), this one has 1" in refused(script, capsys, arguments)
     # a checkpoint named by the user may go on with other arguments; `false` starts anew, without stale checkpoints
     more = ["--resume_from_checkpoint", out / "checkpoint-1", "--max_steps", 3, "--output_dir", tmp_path / "longer"]
     script.main([str(word) for word in [*arguments, *more]])
@@ -507,6 +515,67 @@ def test_bad_models(script, checkpoints, train_file, tmp_path, capsys):
     for directory, message in ((lacking, "would start at random"), (long, "past the end")):
         base = ["--model_name_or_path", directory, "--train_file", train_file, "--output_dir", tmp_path / "o"]
         assert message in refused(script, capsys, base)
+
+
+def small(**more):
+    return {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, **more}  # fmt: skip
+
+
+# Models that nobody has tried with this script: windows, layers of several kinds, states that run through a row.
+UNTRIED = {
+    "gemma3_text": small(num_hidden_layers=4, head_dim=8, sliding_window=4,
+                         layer_types=["sliding_attention"] * 3 + ["full_attention"]),
+    "mistral": small(num_hidden_layers=2, sliding_window=4),
+    "llama4_text": small(num_hidden_layers=3, head_dim=8, attention_chunk_size=4, num_local_experts=2,
+                         intermediate_size_mlp=64),
+    "lfm2": small(num_hidden_layers=2, layer_types=["conv", "full_attention"], block_multiple_of=8),
+    "bamba": small(num_hidden_layers=3, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8,
+                   mamba_chunk_size=8),
+    "qwen3_next": small(num_hidden_layers=4, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2,
+                        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1,
+                        moe_intermediate_size=16, shared_expert_intermediate_size=16),
+    "bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNTRIED)
+def test_packing_of_models_nobody_tried(kind, script):
+    """The probe allows no model that leaks: logits of packed and single examples on the real layers, not its twin's."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **UNTRIED[kind])).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    examples = [[5, 9, 2, 7, 3, 12], [11, 4, 6, 8, 21, 1, 13, 40], [17, 10, 12]]
+    positions = torch.tensor([[i for example in examples for i in range(len(example))]])
+    with torch.no_grad():
+        packed = model(
+            input_ids=torch.tensor([[token for example in examples for token in example]]),
+            position_ids=positions,
+            use_cache=False,
+        ).logits[0]
+        apart = torch.cat([model(input_ids=torch.tensor([e]), use_cache=False).logits[0] for e in examples])
+    exact = torch.allclose(packed, apart, rtol=0, atol=1e-3)
+    assert exact or not script.packing_is_exact(model, "cpu")
+    if kind in ("gemma3_text", "mistral", "llama4_text"):
+        assert exact and script.packing_is_exact(model, "cpu"), "refused without need"
+
+
+def test_layers_that_the_probe_has_not_seen(script):
+    """A kind of layer that comes after the twin's is no proof, however exact the first ones are."""
+    config = AutoConfig.for_model("llama", **small(num_hidden_layers=3))
+
+    class Late(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            if config.num_hidden_layers > 2:
+                self.model.layers[2].mlp = LateLayer(config)
+
+    class LateLayer(type(LlamaForCausalLM(config).model.layers[0].mlp)):
+        pass
+
+    assert script.packing_is_exact(LlamaForCausalLM(config), "cpu")
+    assert not script.packing_is_exact(Late(config), "cpu")
 
 
 def test_template_that_rewrites_turns_is_refused(script, checkpoints, tmp_path, capsys):
