@@ -279,23 +279,54 @@ METHODS = {
 }  # fmt: skip
 
 
+# What is refused on purpose: by these words, or the cell is wrong.
+REFUSED = {
+    ("japanese-gpt-neox-3.6b", "as published"): "convert_tokenizer.py",  # and with what that writes all is well
+    ("falcon-7b", "packing"): "would see each other",
+    ("mpt-7b", "packing"): "would see each other",
+}
+ZERO = {"ZeRO-2": "zero2", "ZeRO-3": "zero3"}
+
+
 def seven(folder, wanted):
-    """{model: {method: text}}."""
+    """{model: {method: text}}; the texts are "ok", "refused", or what is wrong."""
     table = {}
     for name in seven_models.NAMES:
-        methods = [method for method in METHODS if wanted(f"{name} {method}")]
+        methods = [method for method in [*METHODS, *ZERO] if wanted(f"{name} {method}")]
         if not methods:
             continue
         original = model = seven_models.make(name, folder / name / "published")
         if name == "japanese-gpt-neox-3.6b":  # its tokenizer is lossy as it is: what README says to do
             model = str(folder / name / "converted")
             call("generate_text/convert_tokenizer.py", "--model_name_or_path", original, "--output_dir", model)
-        for method in methods:
+        table[name] = dict.fromkeys(methods, "")
+        (folder / "models").mkdir(exist_ok=True)
+        (folder / "models" / name).symlink_to(model)
+        for method in filter(METHODS.get, methods):
             used = original if method == "as published" else model
             try:
                 text = METHODS[method](used, folder / name / method.replace(" ", "_"), original) or "ok"
             except Exception as error:  # a cell must not end the grid
                 text = f"{type(error).__name__}: {error}"
-            table.setdefault(name, {})[method] = text
+            if words := REFUSED.get((name, method)):
+                text = "refused" if words in text else f"not refused: {text}"
+            table[name][method] = text
             print(f"{name}, {method}: {text}", flush=True)
+    zero(folder, table)
     return table
+
+
+def zero(folder, table):
+    """Fill in the columns of DeepSpeed: full fine-tuning, compared as in matrix.py's own grid."""
+    import matrix
+
+    write_jsonl(folder / "train.jsonl", ROWS)
+    short = ["--max_length", 64]
+    for method, config in ZERO.items():
+        names = [name for name, row in table.items() if method in row]
+        runs = {name: matrix.together(folder, config, "finetune_full", name, short) for name in names}
+        errors = matrix.launch([run for _, pair in runs.values() for run in pair], folder / config) if runs else []
+        for i, (name, (out, _)) in enumerate(runs.items()):
+            reference = matrix.alone(folder, "finetune_full", name, short)
+            table[name][method] = matrix.check(errors[2 * i : 2 * i + 2], out, reference)
+            print(f"{name}, {method}: {table[name][method]}", flush=True)
