@@ -1,4 +1,4 @@
-"""One cell for each row and column of matrix.py's grid of models and methods; the whole grid is a command of its own."""
+"""One cell for each row and column of matrix.py's grid of models and methods; the whole grid is its own command."""
 
 import pytest
 import seven_grid
