@@ -16,22 +16,20 @@ from safetensors.torch import load_file, save_file
 from test_finetune_full import refused
 
 FULL, LAST, LORA = "finetune_full", "finetune_lastlayer", "finetune_lora"
-STEPS = 8
+STEPS = 4
 TOKENS = ["--new_tokens", "東京,書店", "--weight_decay", "0.1", "--learning_rate", "0.1"]
 HEAD = ["--modules_to_save", "lm_head"]
 HALF = ["--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "1"]
 BF16 = ["--precision", "bf16"]
-# Learning 2.0 a step spoils the model: an early checkpoint stays the best.
+# So high a rate spoils the model: an early checkpoint stays the best.
 STOP = ["--early_stopping_patience", "2", "--save_steps", "1", "--learning_rate", "0.3"]
 CASES = {
-    "stage 1": ("zero1", FULL, "falcon", []),
+    "stage 1": ("zero1", FULL, "falcon", BF16),
     "stage 2": ("zero2", LORA, "mpt", []),
     "untied": ("zero3", LAST, "gpt2", ["--train", "last_block", *BF16]),
-    "offload 2": ("zero2_offload", LAST, "llama", []),
-    "offload 3": ("zero3_offload", LORA, "gpt_neox", []),
+    "accumulated": ("zero2_offload", LAST, "llama", HALF),
+    "8-bit optimizer": ("zero3_offload", LORA, "gpt_neox", ["--optim", "adamw_bnb_8bit"]),
     "another name in the file": ("zero3", FULL, "gpt_neox", ["--packing", "true"]),
-    "accumulated": ("zero2", FULL, "llama", HALF),
-    "bf16": ("zero2", FULL, "gpt2", BF16),
     "bf16 adapter": ("zero3", LORA, "gpt_neox", [*HEAD, *BF16]),
     "tied head in an adapter": ("zero3", LORA, "gpt2", HEAD),
     "rows": ("zero3", LAST, "gpt2", ["--train", "new_tokens", *TOKENS]),
@@ -40,11 +38,10 @@ CASES = {
     "head of its own": ("zero3", FULL, "falcon_own_head", []),
     "best": ("zero3", FULL, "gpt2", STOP),
     "best adapter": ("zero2", LORA, "gpt2", STOP),
-    "8-bit optimizer": ("zero3_offload", FULL, "gpt2", ["--optim", "adamw_bnb_8bit"]),
     "4 bit": ("zero2", LORA, "llama", ["--load_in_4bit", "true", *BF16]),
     "8 bit": ("zero1", LORA, "gpt_neox", ["--load_in_8bit", "true", *BF16]),
 }
-RESUMED = {"stage 1", "stage 2", "untied", "offload 2", "offload 3", "another name in the file", "rows, stage 2"}
+RESUMED = {"stage 1", "stage 2", "untied", "accumulated", "8-bit optimizer", "another name in the file"}
 
 
 @pytest.fixture(scope="module")
