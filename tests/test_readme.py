@@ -227,9 +227,9 @@ def options(script):
 
 
 def launched(job):
-    """The scripts that a job file starts."""
+    """The scripts that a job file starts; what launches them, ../jobs/run_ranks.py, knows none of ARGS."""
     names = re.findall(r"(?:python|\}\"|torchrun) ([\w./]+\.py)", job.read_text(encoding="utf-8"))
-    return [job.parent / name for name in names]
+    return [job.parent / name for name in names if not name.startswith("../jobs/")]
 
 
 def check_job(place, job, assignments):
