@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+from transformers.models.falcon import modeling_falcon
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -51,6 +52,14 @@ ROWS = [
 def own_caches(tmp_path_factory):
     os.environ.update(HF_HOME=str(tmp_path_factory.mktemp("hf")), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def own_falcon():
+    """Where a script quantises Falcon it puts an ordinary layer into transformers, which the next test must not see."""
+    kept = modeling_falcon.FalconLinear
+    yield
+    modeling_falcon.FalconLinear = kept
 
 
 def make_tokenizer(bos=False):

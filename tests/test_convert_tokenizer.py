@@ -6,6 +6,7 @@ import random
 import pytest
 import sentencepiece
 from conftest import ROOT, load_script
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -85,6 +86,8 @@ def test_same_ids_as_sentencepiece(script, repositories, texts, kind, tmp_path, 
     assert len(tokenizer) == model.vocab_size(), "a token without a row in the embedding"
     assert tokenizer.eos_token_id == model.eos_id()
     assert tokenizer("東京")["input_ids"] == [model.bos_id()] * bos + model.encode("東京")
+    elsewhere = Tokenizer.from_file(str(tmp_path / "new" / "tokenizer.json"))  # without transformers' own additions
+    assert elsewhere.encode("東京").ids == [model.bos_id()] * bos + model.encode("東京")
     assert tokenizer.get_vocab() == {model.id_to_piece(i): i for i in range(model.vocab_size())}
     assert ("left out   pad_token [PAD]" in capsys.readouterr().out) == (kind == "rinna")
     assert (tmp_path / "new" / file).resolve() == (repositories[kind] / file).resolve(), "other files become links"
@@ -176,6 +179,22 @@ def test_each_fault_alone_is_refused(repositories, tmp_path, capsys):
         faults = capsys.readouterr().err.split(" gives ")[1].split(". Convert")[0]
         assert message in faults
         assert " and " not in faults, "only what is wrong is named"
+
+
+def test_a_llama_tokenizer_that_does_not_speak_of_bos(repositories, tmp_path, capsys):
+    """transformers 4 added BOS then, 5 does not: with all ids right, only BOS is missing."""
+    guard = load_script(ROOT / "finetune_full" / "finetune_full.py").check_tokenizer
+    (tmp_path / "tokenizer.model").write_bytes((repositories["openllama"] / "tokenizer.model").read_bytes())
+    config = {name: value for name, value in KINDS["openllama"][2].items() if name != "add_bos_token"}
+    for said in ({}, {"add_bos_token": False}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | said))
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        if said:
+            guard(str(tmp_path), tokenizer, len(tokenizer))
+            continue
+        with pytest.raises(SystemExit):
+            guard(str(tmp_path), tokenizer, len(tokenizer))
+        assert "gives no BOS, which its files ask for. Convert" in capsys.readouterr().err
 
 
 def test_bad_input(script, repositories, tmp_path, capsys):
