@@ -6,10 +6,12 @@ cd "$(dirname "$0")" || exit 2
 bash jobs/setup_venv.sh || exit
 VENV=${VENV:-$PWD/.venv}
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt || exit
-if ! command -v shellcheck >/dev/null; then
-  echo "shellcheck is not installed; trying apt-get" >&2
-  { apt-get install -y -qq shellcheck || { apt-get update -qq && apt-get install -y -qq shellcheck; }; } >/dev/null 2>&1
-fi
+for program in shellcheck mpirun; do # without mpirun its tests are left out
+  command -v "$program" >/dev/null && continue
+  package=${program/mpirun/openmpi-bin}
+  echo "$program is not installed; trying apt-get install $package" >&2
+  { apt-get install -y -qq "$package" || { apt-get update -qq && apt-get install -y -qq "$package"; }; } >/dev/null 2>&1
+done
 
 status=0
 step() { echo "== $1" && shift && "$@" || status=1; }
@@ -23,5 +25,6 @@ else
   status=1
 fi
 step "copies" "$VENV/bin/python" tests/check_copies.py
-step "pytest" "$VENV/bin/python" -m pytest "$@"
+# Whole files side by side: most tests use one core, and models made for a file are made once.
+step "pytest" "$VENV/bin/python" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@"
 exit "$status"
