@@ -23,7 +23,8 @@ MODEL=${MODEL:-../tiny_model/output/llama}
 [[ -n ${TRAIN_FILE:-}${CONFIG:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
 TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jsquad_train.jsonl}
 OUTPUT_DIR=${OUTPUT_DIR:-output}
-SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR")
+SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR"
+  --save_steps 200 --save_total_limit 2)
 # A file of `name: value` lines, such as a run_args.yaml, in place of the variables above: qsub -v CONFIG=my.yaml
 [[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG")
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
@@ -37,4 +38,4 @@ else
   echo "no GPU     one process per node, plain data parallel over gloo, without DeepSpeed"
 fi
 [[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}")
-"${LAUNCH[@]}" finetune_full.py "${SETTINGS[@]}" --save_steps 200 --save_total_limit 2 "${WORDS[@]}" "$@"
+"${LAUNCH[@]}" finetune_full.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"

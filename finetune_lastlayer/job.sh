@@ -21,7 +21,8 @@ MODEL=${MODEL:-../tiny_model/output/llama}
 [[ -n ${TRAIN_FILE:-}${CONFIG:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
 TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jsquad_train.jsonl}
 OUTPUT_DIR=${OUTPUT_DIR:-output}
-SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR")
+SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR"
+  --save_steps 100 --save_total_limit 2)
 # A file of `name: value` lines, such as a run_args.yaml, in place of the variables above: qsub -v CONFIG=my.yaml
 [[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG")
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
@@ -34,4 +35,4 @@ if ((GPUS > 1)) || [[ -n ${DEEPSPEED:-} ]]; then
   LAUNCH=(python ../jobs/run_ranks.py torchrun --standalone --nproc_per_node "$GPUS") # it names the rank that failed
 fi
 ((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
-"${LAUNCH[@]}" finetune_lastlayer.py "${SETTINGS[@]}" --save_steps 100 --save_total_limit 2 "${WORDS[@]}" "$@"
+"${LAUNCH[@]}" finetune_lastlayer.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"

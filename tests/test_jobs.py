@@ -142,7 +142,7 @@ def test_directives_are_what_pbs_and_abci_accept(job):
         int(part) for part in re.fullmatch(r"(\d+):(\d\d):(\d\d)", resources["walltime"]).groups()
     )
     assert 0 < hours * 3600 + minutes * 60 + seconds <= 168 * 3600
-    assert len(lines) <= 40
+    assert len(lines) <= 42
 
 
 def test_checker_of_directives_can_fail(tmp_path, monkeypatch):
@@ -265,15 +265,7 @@ def test_finetune_variables(machine):
 
     # A settings file stands for the variables, and for the small model's rate and files.
     assert run(CONFIG="my run.yaml").returncode == 0
-    assert last_words(machine) == [
-        "python",
-        "finetune_full.py",
-        "my run.yaml",
-        "--save_steps",
-        "200",
-        "--save_total_limit",
-        "2",
-    ]
+    assert last_words(machine) == ["python", "finetune_full.py", "my run.yaml"]
 
 
 @pytest.mark.parametrize("lesson", ["finetune_full", "finetune_lora"])
