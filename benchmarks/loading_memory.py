@@ -86,4 +86,10 @@ def load(folder, way):
 
 
 if __name__ == "__main__":
-    main() if len(sys.argv) == 1 else load(*sys.argv[1:])
+    if len(sys.argv) == 1:
+        main()
+    elif "RANK" in os.environ:  # started by main()
+        load(*sys.argv[1:])
+    else:
+        print(__doc__ if sys.argv[1] in ("-h", "--help") else "error: this takes no arguments.")
+        sys.exit(0 if sys.argv[1] in ("-h", "--help") else 2)

@@ -6,7 +6,7 @@ each), with the same rows per process and step. Efficiency is tokens/s divided b
 row. Without a model and data given it makes both, offline: a small Llama, and the questions of ../jglue/sample.
 
     python scaling.py --processes 1,2
-    python scaling.py --processes 1,8 --model_name_or_path MODEL --train_file train.jsonl --deepspeed zero2.json
+    python scaling.py --processes 1,8 --model_name_or_path MODEL --deepspeed ../deepspeed_configs/zero2.json
     python scaling.py --processes 1,2 --optim adamw_torch_fused,adamw_bnb_8bit --repeat 3
 """
 

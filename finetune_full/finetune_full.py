@@ -6,7 +6,7 @@ Weights, gradients and Adam's two moments are kept in fp32: 16 bytes per paramet
 By that count a 141 GB H200 holds about 7 billion parameters; for more, see ../deepspeed_configs.
 
 By hand       python finetune_full.py --model_name_or_path MODEL --train_file train.jsonl --output_dir output
-Several GPUs  torchrun --standalone --nproc_per_node 8 finetune_full.py ... --deepspeed ../deepspeed_configs/zero3.json
+Several GPUs  torchrun --standalone --nproc_per_node 8 finetune_full.py ... --deepspeed ../deepspeed_configs/zero1.json
 As a job      qsub -P GROUP job.sh
 Again         python finetune_full.py output/run_args.yaml --output_dir output2       (later arguments win)
 Follows       https://huggingface.co/docs/transformers/main_classes/trainer
@@ -142,7 +142,7 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         fail(f"GPU memory is full ({str(error)[:120]}). Try, in this order: --per_device_train_batch_size 1 with more "
              "--gradient_accumulation_steps, --activation_checkpointing true, --optim adamw_bnb_8bit, a shorter "
-             "--max_length, --deepspeed ../deepspeed_configs/zero3.json on several GPUs.", every_rank=True)  # fmt: skip
+             "--max_length, several GPUs and --deepspeed ../deepspeed_configs/zero1.json.", every_rank=True)  # fmt: skip
     save_results(trainer)
     say("next", f"python ../generate_text/generate_text.py --model_name_or_path {training.output_dir} --prompt TEXT")
 
@@ -906,7 +906,7 @@ def find_resume_point(script, training, given):
     if not (finished or last) or (wanted or "").lower() == "false":
         return None
     before = yaml.safe_load(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    names = sorted((set(before) | set(given)) - {"resume_from_checkpoint"})
+    names = sorted((set(before) | set(given)) - {"resume_from_checkpoint", "ddp_timeout"})  # they change no result
     changed = [f"--{n} {before.get(n)}, now {given.get(n)}" for n in names if before.get(n) != given.get(n)]
     for path in filter(None, (script.train_file, script.validation_file)):
         if record.is_file() and Path(path).stat().st_mtime > record.stat().st_mtime:

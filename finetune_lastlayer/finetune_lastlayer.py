@@ -1197,7 +1197,7 @@ def find_resume_point(script, training, given):
     if not (finished or last) or (wanted or "").lower() == "false":
         return None
     before = yaml.safe_load(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    names = sorted((set(before) | set(given)) - {"resume_from_checkpoint"})
+    names = sorted((set(before) | set(given)) - {"resume_from_checkpoint", "ddp_timeout"})  # they change no result
     changed = [f"--{n} {before.get(n)}, now {given.get(n)}" for n in names if before.get(n) != given.get(n)]
     for path in filter(None, (script.train_file, script.validation_file)):
         if record.is_file() and Path(path).stat().st_mtime > record.stat().st_mtime:

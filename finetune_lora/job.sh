@@ -26,11 +26,11 @@ SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir 
 [[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG")
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
 [[ -z ${VALIDATION_FILE:-} ]] || WORDS=(--validation_file "$VALIDATION_FILE" "${WORDS[@]}")
-[[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}") # e.g. ../deepspeed_configs/zero3.json
+[[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}") # e.g. ../deepspeed_configs/zero1.json
 
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || exit
 LAUNCH=(python)
-if ((GPUS > 1)) || [[ -n ${DEEPSPEED:-} ]]; then
+if ((GPUS > 1)) || [[ $GPUS == 1 && -n ${DEEPSPEED:-}${CONFIG:-} ]]; then # a settings file may ask for DeepSpeed
   LAUNCH=(python ../jobs/run_ranks.py torchrun --standalone --nproc_per_node "$GPUS") # it names the rank that failed
 fi
 ((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }

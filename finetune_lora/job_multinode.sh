@@ -31,7 +31,7 @@ read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is exe
 [[ -z ${VALIDATION_FILE:-} ]] || WORDS=(--validation_file "$VALIDATION_FILE" "${WORDS[@]}")
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || exit
 if ((GPUS > 0)); then
-  [[ -n ${CONFIG:-} ]] || DEEPSPEED=${DEEPSPEED-../deepspeed_configs/zero3.json} # empty: the whole model on each GPU
+  [[ -n ${CONFIG:-} ]] || DEEPSPEED=${DEEPSPEED-../deepspeed_configs/zero2.json} # the base on each GPU, in 16, 8 or 4 bit
 elif [[ -n ${DEEPSPEED:-} ]]; then
   echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2
 else

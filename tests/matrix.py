@@ -10,7 +10,7 @@ deepspeed   five configurations x three scripts x five architectures, two CPU pr
 seven       the seven models of README and three of today's, small but with their own switches, tokenizers and files,
             x every method: each cell compares with an independent calculation (seven_grid.py), or is refused on purpose
 
-By hand     python tests/matrix.py                        everything; 11 minutes on two busy cores
+By hand     python tests/matrix.py                        everything; 13 minutes on two cores
             python tests/matrix.py --only 'zero3 .* mpt'  the cells whose name this regular expression is found in
 """
 

@@ -266,6 +266,8 @@ def test_finetune_variables(machine):
     # A settings file stands for the variables, and for the small model's rate and files.
     assert run(CONFIG="my run.yaml").returncode == 0
     assert last_words(machine) == ["python", "finetune_full.py", "my run.yaml"]
+    assert run(CONFIG="my.yaml", GPUS_SEEN="1").returncode == 0  # the file may name a DeepSpeed configuration
+    assert last_words(machine)[0] == "torchrun"
 
 
 @pytest.mark.parametrize("lesson", ["finetune_full", "finetune_lora"])
@@ -291,7 +293,8 @@ def test_multinode_job(machine, lesson):
     assert wanted <= passed
     script = words.index("../jobs/node.sh")
     assert words[script - 1 : script + 2] == ["bash", "../jobs/node.sh", f"{lesson}.py"]
-    assert words[words.index("--deepspeed") + 1] == "../deepspeed_configs/zero3.json"
+    stage = {"finetune_full": 3, "finetune_lora": 2}[lesson]
+    assert words[words.index("--deepspeed") + 1] == f"../deepspeed_configs/zero{stage}.json"
     assert run(GPUS_SEEN="8", DEEPSPEED="").returncode == 0
     assert "--deepspeed" not in last_words(machine)
     done = run(DEEPSPEED="../deepspeed_configs/zero3.json")
