@@ -142,7 +142,7 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         fail(f"GPU memory is full ({str(error)[:120]}). Try, in this order: --per_device_train_batch_size 1 with more "
              "--gradient_accumulation_steps, --activation_checkpointing true, --optim adamw_bnb_8bit, a shorter "
-             "--max_length, several GPUs and --deepspeed ../deepspeed_configs/zero1.json.", every_rank=True)  # fmt: skip
+             "--max_length, on several GPUs --deepspeed ../deepspeed_configs/zero1.json", True)  # fmt: skip
     save_results(trainer)
     say("next", f"python ../generate_text/generate_text.py --model_name_or_path {training.output_dir} --prompt TEXT")
 

@@ -1,7 +1,9 @@
 """convert_tokenizer.py against sentencepiece itself, on repositories laid out as rinna's and OpenLLaMA's are."""
 
 import json
+import os
 import random
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -91,6 +93,32 @@ def test_same_ids_as_sentencepiece(script, repositories, texts, kind, tmp_path, 
     assert tokenizer.get_vocab() == {model.id_to_piece(i): i for i in range(model.vocab_size())}
     assert ("left out   pad_token [PAD]" in capsys.readouterr().out) == (kind == "rinna")
     assert (tmp_path / "new" / file).resolve() == (repositories[kind] / file).resolve(), "other files become links"
+
+
+@pytest.mark.skipif("JGLUE_DIR" not in os.environ, reason="JGLUE_DIR does not name a checkout of JGLUE")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_paragraph_of_jsquad(script, kind, tmp_path):
+    """As above with a vocabulary of 4,000 from the paragraphs themselves: the figures that README gives."""
+    newest = max((Path(os.environ["JGLUE_DIR"]) / "datasets").glob("jsquad-v*/valid-*.json"))
+    articles = json.loads(newest.read_text(encoding="utf-8"))["data"]
+    paragraphs = list(dict.fromkeys(part["context"] for article in articles for part in article["paragraphs"]))
+    file, settings, config, _ = KINDS[kind]
+    (tmp_path / "old").mkdir()
+    with (tmp_path / "old" / file).open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter("\n".join(paragraphs).split("\n")), model_writer=model, vocab_size=4000,
+            character_coverage=0.98, num_threads=1, minloglevel=2, max_sentence_length=2**20, **settings,
+        )  # fmt: skip
+    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps(config))
+    script.main(["--model_name_or_path", str(tmp_path / "old"), "--output_dir", str(tmp_path / "new")])
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "old" / file))
+    wrong = {}
+    for name in ("old", "new"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        wrong[name] = sum(ids_of(tokenizer, text) != model.encode(text) for text in paragraphs)
+    print(f"{kind}: of {len(paragraphs)} paragraphs {wrong['old']} differ before, {wrong['new']} after")
+    assert wrong["new"] == 0
+    assert (wrong["old"] == 0) == (kind == "openllama")
 
 
 def test_in_place_and_check(script, repositories, texts, tmp_path, capsys):

@@ -163,8 +163,9 @@ def test_check_nodes(tmp_path):
     assert any(line.startswith("done       all 2 ranks answered") for line in lines)
 
 
-def test_job_multinode(training, tmp_path):
-    """The job file itself under mpirun: trains on both, and ends when a rank dies."""
+@pytest.mark.parametrize("victim", ["worker", "launcher"])
+def test_job_multinode(victim, training, tmp_path):
+    """The job file itself under mpirun: trains on both, ends when a rank or its torchrun dies, and leaves no process."""
     variables = {name: training[name] for name in ("MODEL", "TRAIN_FILE")} | {"OUTPUT_DIR": str(tmp_path / "out")}
     log = tmp_path / "log"
     job = run_job("finetune_full/job_multinode.sh", log, **variables, ARGS="--max_steps 100000 --logging_steps 1")
@@ -172,14 +173,20 @@ def test_job_multinode(training, tmp_path):
         wait_for("step 3/", [log], [job])
         assert "plain data parallel over gloo" in log.read_text()
         assert "2 x CPU" in log.read_text()
-        os.kill(worker(rank=1), signal.SIGKILL)
+        process = worker(rank=1)
+        status = Path(f"/proc/{process}/status").read_text()
+        os.kill(process if victim == "worker" else int(re.search(r"PPid:\s+(\d+)", status)[1]), signal.SIGKILL)
         began = time.monotonic()
         assert job.wait(timeout=60)
+        while worker(rank=1) or worker(rank=0):
+            assert time.monotonic() - began < 60, "a process is left behind"
+            time.sleep(0.2)
     finally:
         stop([job])
     assert time.monotonic() - began < 60
     last = log.read_text().splitlines()[-1]
-    assert re.fullmatch(r"failed +\S+, rank 1: killed by SIGKILL.*", last), last
+    wanted = {"worker": ", rank 1: killed by SIGKILL", "launcher": ": torchrun ended with status 137"}[victim]
+    assert re.match(rf"failed +\S+{wanted}", last), last
 
 
 REPORT = """\

@@ -5,7 +5,8 @@ import seven_grid
 import seven_models
 
 METHODS = list(seven_grid.METHODS)
-# DeepSpeed's two columns: test_deepspeed.py. Each other method once, on one model after the other; and what is refused on purpose.
+# DeepSpeed's two columns are in test_deepspeed.py. Each other method once, on one model after the other; and what is
+# refused on purpose.
 CELLS = [(seven_models.NAMES[i % len(seven_models.NAMES)], method) for i, method in enumerate(METHODS)]
 CELLS += [pair for pair in seven_grid.REFUSED if pair not in CELLS]
 
