@@ -165,7 +165,7 @@ def test_check_nodes(tmp_path):
 
 @pytest.mark.parametrize("victim", ["worker", "launcher"])
 def test_job_multinode(victim, training, tmp_path):
-    """The job file itself under mpirun: trains on both, ends when a rank or its torchrun dies, and leaves no process."""
+    """The job file itself under mpirun: trains on both, ends when a rank or its torchrun dies, leaves no process."""
     variables = {name: training[name] for name in ("MODEL", "TRAIN_FILE")} | {"OUTPUT_DIR": str(tmp_path / "out")}
     log = tmp_path / "log"
     job = run_job("finetune_full/job_multinode.sh", log, **variables, ARGS="--max_steps 100000 --logging_steps 1")
