@@ -7,6 +7,8 @@ deepspeed   five configurations x three scripts x five architectures, two CPU pr
             - loaded without DeepSpeed it has the loss that the run reported,
             - going on from the checkpoint of step 10 gives the losses of the run that was not interrupted.
 
+combinations  optimizers, quantised bases and new tokens under each configuration, compared in the same way
+
 seven       the seven models of README and three of today's, small but with their own switches, tokenizers and files,
             x every method: each cell compares with an independent calculation (seven_grid.py), or is refused on purpose
 
@@ -214,12 +216,42 @@ def deepspeed(folder, wanted):
     return table
 
 
+BF16, NEW = ["--precision", "bf16"], ["--new_tokens", "東京,書店", "--learning_rate", "0.1"]
+# What goes with DeepSpeed beside plain training: (script, model, arguments, configurations that are refused)
+COMBINATIONS = {
+    "8-bit optimizer": ("finetune_full", "gpt2", ["--optim", "adamw_bnb_8bit"], []),
+    "LoRA on 8 bit": ("finetune_lora", "gpt_neox", ["--load_in_8bit", "true", *BF16], ["zero3", "zero3_offload"]),
+    "LoRA on 4 bit": ("finetune_lora", "llama", ["--load_in_4bit", "true", *BF16], ["zero3", "zero3_offload"]),
+    "LoRA, new tokens": ("finetune_lora", "llama", NEW, ["zero3", "zero3_offload"]),
+    "LoRA, whole head": ("finetune_lora", "gpt_neox", ["--modules_to_save", "lm_head"], []),
+    "last layer, new tokens": ("finetune_lastlayer", "gpt2", ["--train", "new_tokens", *NEW], []),
+    "last layer on 8 bit": ("finetune_lastlayer", "llama", ["--load_in_8bit", "true"], CONFIGS),
+}
+
+
+def combinations(folder, wanted):
+    """{combination: {configuration: text}}; the texts are "ok", "refused", or what is wrong."""
+    table, steps = {}, 8
+    prepare(folder, ["gpt2", "gpt_neox", "llama"])
+    for config in CONFIGS:
+        names = [name for name in COMBINATIONS if wanted(f"{config} {name}")]
+        runs = {name: together(folder, config, *COMBINATIONS[name][:3], steps) for name in names}
+        errors = launch([whole for _, (whole, _) in runs.values()], folder / config) if names else []
+        for (name, (out, _)), error in zip(runs.items(), errors, strict=True):
+            *case, refused = COMBINATIONS[name]
+            if config in refused:
+                text = "refused" if error.startswith("error: ") else f"not refused: {error}"
+            else:
+                text = check([error], out, alone(folder, *case, steps))
+            table.setdefault(name, {})[config] = text
+            say(f"{config} {name}: {text}")
+    return table
+
+
 # ---- The command ----
 
-GRIDS = {
-    "deepspeed": deepspeed,
-    "seven": seven_grid.seven,
-}  # a further grid is a further function(folder, wanted) -> {row: {column: text}}
+# A further grid is a further function(folder, wanted) -> {row: {column: text}}.
+GRIDS = {"deepspeed": deepspeed, "combinations": combinations, "seven": seven_grid.seven}
 
 
 def as_markdown(table):
