@@ -1127,9 +1127,7 @@ def check_tokenizer(name, tokenizer, rows):
     files = ("tokenizer_config.json", "tokenizer.json", "spiece.model", "tokenizer.model")
     settings, exact, *models = (cached_file(name, file, **quiet) for file in files)
     settings, faults = json.loads(Path(settings).read_text(encoding="utf-8")) if settings else {}, []
-    if model := next(
-        filter(None, models), None
-    ):  # does transformers read it as sentencepiece does? A text of its pieces
+    if model := next(filter(None, models), None):  # read as sentencepiece reads it? A text of its pieces tells
         sp = SentencePieceProcessor(model_file=model)
         kinds = (sp.is_control, sp.is_byte, sp.is_unknown, sp.is_unused)
         ids = [i for i in range(sp.vocab_size()) if not any(kind(i) for kind in kinds)]
