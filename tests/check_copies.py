@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
 """Compare every marked copy in the repository's Python files with its original.
 
-A mark is a comment line `# Copied from DIR/FILE.py` directly above a top-level function, class or assignment. What
-stands below it must be, byte for byte, the object of the same name in that file. Exit code 1 when one differs.
+A mark is a comment line `# Copied from DIR/FILE.py` directly above a top-level function, class or
+assignment. What stands below it must be, byte for byte, the object of the same name in that file.
+With `, down to the next headline` behind it, that holds for all that follows as far as the next
+comment line `# ---- ... ----`: it must be what stands there from that object on in the original.
+Exit code 1 when one differs.
 
 By hand       python tests/check_copies.py            (--fix writes the differing copies again)
 """
@@ -16,13 +19,17 @@ import sys
 import tokenize
 from pathlib import Path
 
-MARK = "# Copied from "
+MARK, REST, HEADLINE = "# Copied from ", ", down to the next headline", "# ---- "
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--fix", action="store_true", help="Write the differing copies again from their originals.")
-    parser.add_argument("--root", default=Path(__file__).resolve().parent.parent, type=Path, help="Where to look.")
+    parser.add_argument(
+        "--fix", action="store_true", help="Write the differing copies again from their originals."
+    )
+    parser.add_argument(
+        "--root", default=Path(__file__).resolve().parent.parent, type=Path, help="Where to look."
+    )
     args = parser.parse_args(argv)
     count, problems = 0, 0
     for path in python_files(args.root):
@@ -37,19 +44,25 @@ def main(argv=None):
 def python_files(root):
     """All *.py files below root, outside hidden directories and output/."""
     for directory, names, files in os.walk(root):
-        names[:] = sorted(name for name in names if not name.startswith(".") and name not in ("output", "__pycache__"))
+        names[:] = sorted(
+            name
+            for name in names
+            if not name.startswith(".") and name not in ("output", "__pycache__")
+        )
         yield from (Path(directory, name) for name in sorted(files) if name.endswith(".py"))
 
 
 def check_file(root, path, fix):
-    """Report the file's differing copies, or rewrite them. Returns (number of copies, number left wrong)."""
+    """Report the file's differing copies, or rewrite them; return (copies, copies left wrong)."""
     text, wrong = path.read_text(encoding="utf-8"), 0
     try:
         marks, lines, objects = find_marks(text), list(io.StringIO(text)), top_level(text)
     except (SyntaxError, tokenize.TokenError) as error:
         print(f"error: {path.relative_to(root)} is no Python: {error}")
         return 0, 1
-    for line, source in reversed(marks):  # from the end, so that a rewrite moves no mark that is still to come
+    for line, source in reversed(
+        marks
+    ):  # from the end, so that a rewrite moves no mark that is still to come
         place = f"{path.relative_to(root)}:{line}"
         found = next(((name, *span) for name, span in objects.items() if span[0] == line), None)
         if found is None:
@@ -57,7 +70,9 @@ def check_file(root, path, fix):
             wrong += 1
             continue
         name, start, end = found
-        original = read_object(root / source, name)
+        original = read_object(root / source.removesuffix(REST), name, source.endswith(REST))
+        if source.endswith(REST):
+            source, end = source.removesuffix(REST), end_of_section(lines, start)
         if original is None:
             print(f"error: {place}: {source} has no {name} to compare with")
             wrong += 1
@@ -67,7 +82,13 @@ def check_file(root, path, fix):
             path.write_text("".join(lines), encoding="utf-8")
         elif original != lines[start:end]:
             print(f"{place}: {name} differs from {source}")
-            print("".join(difflib.unified_diff(original, lines[start:end], source, str(path.relative_to(root)), n=1)))
+            print(
+                "".join(
+                    difflib.unified_diff(
+                        original, lines[start:end], source, str(path.relative_to(root)), n=1
+                    )
+                )
+            )
             wrong += 1
     return len(marks), wrong
 
@@ -83,7 +104,7 @@ def find_marks(text):
 
 
 def top_level(text):
-    """{name: (first, behind the last)} line indices of the functions, classes and assignments of a module."""
+    """{name: (first, behind the last)} line indices of a module's objects."""
     objects = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -96,11 +117,18 @@ def top_level(text):
     return objects
 
 
-def read_object(path, name):
-    """The lines of a top-level object in a file; None where there is no such file (of Python) or object."""
+def end_of_section(lines, start):
+    """The index of the next headline's line, or behind the last line."""
+    ends = (i for i in range(start, len(lines)) if lines[i].startswith(HEADLINE))
+    return next(ends, len(lines))
+
+
+def read_object(path, name, and_rest=False):
+    """The lines of a top-level object, and of the section's rest; None where there is none."""
     try:
         text = path.read_text(encoding="utf-8")
-        return list(io.StringIO(text))[slice(*top_level(text)[name])]
+        lines, (start, end) = list(io.StringIO(text)), top_level(text)[name]
+        return lines[start : end_of_section(lines, start) if and_rest else end]
     except (OSError, SyntaxError, KeyError):
         return None
 

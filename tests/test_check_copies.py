@@ -36,7 +36,9 @@ def tree(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "a.py").write_text(ORIGINAL)
     table, name, thing = parts(ORIGINAL)
-    (tmp_path / "b.py").write_text("import a\n" + MARK + table + "\n" + MARK + name + "own = 1\n" + MARK + thing)
+    (tmp_path / "b.py").write_text(
+        "import a\n" + MARK + table + "\n" + MARK + name + "own = 1\n" + MARK + thing
+    )
     for hidden in (".venv", "output"):
         (tmp_path / hidden).mkdir()
         (tmp_path / hidden / "c.py").write_text("# Copied from gone.py\nx = 1\n")
@@ -69,7 +71,9 @@ def test_a_broken_copy_is_found_and_mended(tree, capsys, old, new, line, name):
     good = (tree / "b.py").read_text()
     (tree / "b.py").write_text(good.replace(old, new, 1))
     code, out = check(tree, capsys)
-    assert code == 1 and out.startswith(f"b.py:{line}: {name} differs from a/a.py\n") and "\n@@" in out
+    assert (
+        code == 1 and out.startswith(f"b.py:{line}: {name} differs from a/a.py\n") and "\n@@" in out
+    )
     assert (tree / "b.py").read_text() != good  # looked at, not touched
     code, out = check(tree, capsys, "--fix")
     assert code == 0 and f"{name} written again" in out
@@ -79,7 +83,9 @@ def test_a_broken_copy_is_found_and_mended(tree, capsys, old, new, line, name):
 def test_several_broken_copies_are_mended_at_once(tree, capsys):
     good = (tree / "b.py").read_text()
     (tree / "b.py").write_text(
-        good.replace('    "a": 1,\n', "").replace("@str\n", "@str\n@str\n").replace("x = 1", "x = 2")
+        good.replace('    "a": 1,\n', "")
+        .replace("@str\n", "@str\n@str\n")
+        .replace("x = 1", "x = 2")
     )
     assert check(tree, capsys)[0] == 1
     assert check(tree, capsys, "--fix")[0] == 0
@@ -89,10 +95,18 @@ def test_several_broken_copies_are_mended_at_once(tree, capsys):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("# Copied from a/a.py\nTABLE", "# Copied from a/gone.py\nTABLE", "b.py:2: a/gone.py has no TABLE"),
+        (
+            "# Copied from a/a.py\nTABLE",
+            "# Copied from a/gone.py\nTABLE",
+            "b.py:2: a/gone.py has no TABLE",
+        ),
         ("def name", "def nome", "b.py:7: a/a.py has no nome"),
         ("a/a.py\nclass", "a/a.py\n\nclass", "directly below the mark"),
-        ("own = 1", "def own():\n    # Copied from a/a.py\n    return 1", "directly below the mark"),
+        (
+            "own = 1",
+            "def own():\n    # Copied from a/a.py\n    return 1",
+            "directly below the mark",
+        ),
         ("own = 1", "own = (", "b.py is no Python"),
     ],
 )
@@ -115,3 +129,20 @@ def test_this_repository():
     assert result.returncode == 0, result.stdout
     assert int(result.stdout.split()[0]) >= 10
     assert "torch" not in result.stderr and "transformers" not in result.stderr
+
+
+def test_the_rest_of_a_section(tmp_path, capsys):
+    """One mark for all that follows, as far as the next headline and no further."""
+    section = "def f():\n    return 1\n\n\ndef g():\n    return 2\n\n\n"
+    original = f"# ---- 1. One ----\n\n\n{section}# ---- 2. Two ----\n\nx = 1\n"
+    mark = "# Copied from a.py, down to the next headline\n"
+    (tmp_path / "a.py").write_text(original)
+    copy = original.replace("def f", mark + "def f").replace("x = 1", "x = 2")
+    (tmp_path / "b.py").write_text(copy)
+    assert check(tmp_path, capsys) == (0, "1 copies agree with their originals\n")
+    (tmp_path / "b.py").write_text(copy.replace("return 2", "return 3"))
+    code, out = check(tmp_path, capsys)
+    assert code == 1
+    assert "b.py:4: f differs from a.py" in out and "return 3" in out
+    assert check(tmp_path, capsys, "--fix")[0] == 0
+    assert (tmp_path / "b.py").read_text() == copy
