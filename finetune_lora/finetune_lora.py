@@ -195,11 +195,11 @@ def make_examples(source, tokenizer, max_length):
     check(form, f"{source} has no rows.")
 
 
-def load_examples(name, source, tokenizer, max_length, multiple):
+def load_examples(name, source, files, tokenizer, max_length, multiple):
     """Return a Dataset of input_ids, labels and length; nothing is dropped in silence."""
     arguments = {"source": source, "tokenizer": tokenizer, "max_length": max_length}
     # The cache must notice other contents, another tokenizer or template, and an edit above.
-    key = [list(map(describe, source)), Path(__file__).read_text("utf-8"), arguments]
+    key = [files, Path(__file__).read_text("utf-8"), arguments]
     key = datasets.fingerprint.Hasher.hash(key)
     data = Dataset.from_generator(
         make_examples, Features(COLUMNS), gen_kwargs=arguments, fingerprint=key
@@ -217,7 +217,7 @@ def load_examples(name, source, tokenizer, max_length, multiple):
     return kept
 
 
-def load_data(script, training, tokenizer, max_length):
+def load_data(script, training, tokenizer, max_length, files):
     """Return Trainer's data sets; one process per node prepares them, the others wait."""
     sources, sets = {"train": script.train_file, "validation": script.validation_file}, {}
     rows = {"train": training.train_batch_size, "validation": training.eval_batch_size}
@@ -228,7 +228,7 @@ def load_data(script, training, tokenizer, max_length):
         for name, source in sources.items():
             if source:
                 multiple = rows[name] * training.world_size
-                sets[name] = load_examples(name, source, tokenizer, max_length, multiple)
+                sets[name] = load_examples(name, source, files, tokenizer, max_length, multiple)
     return {"train_dataset": sets["train"], "eval_dataset": sets.get("validation")}
 
 
@@ -431,7 +431,7 @@ class EpochSampler(LengthGroupedSampler):
 class FineTuner(Trainer):
     """Trainer whose losses are means over learned tokens, and that removes only its own files."""
 
-    sums = 0
+    sums, tokens_seen, first_step = 0, 0, None
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
@@ -444,18 +444,48 @@ class FineTuner(Trainer):
         return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.first_step is None:
+            self.first_step = self.state.global_step
         tokens, learned = inputs.pop("num_tokens"), inputs["shift_labels"].numel()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         summed = loss.detach().double() * num_items_in_batch / self.args.world_size
         self.sums += torch.stack([summed, summed.new_tensor(learned), tokens.to(summed)])
         return (loss, outputs) if return_outputs else loss
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # What is summed up must not reach into an evaluation, nor be lost to a resume.
+        is_last = self.state.global_step >= self.state.max_steps
+        self.control.should_log |= (
+            self.control.should_save or self.control.should_evaluate or is_last
+        )
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def log(self, logs, start_time=None):
-        for name in {"loss", "eval_loss"} & set(logs):  # Trainer's are means over batches
+        """Losses as means over tokens, not over batches; a line for each: `grep '^step'`."""
+        for name in {"loss", "eval_loss"} & set(logs):
             loss, learned, tokens = self.accelerator.reduce(self.sums, "sum").tolist()
             logs.update({name: loss / learned, "num_learned": learned, "num_tokens": tokens})
             self.sums = 0
+            self.report(name, logs)
         super().log(logs, start_time)
+
+    def report(self, name, logs):
+        done, total, loss = self.state.global_step, self.state.max_steps, logs[name]
+        check(math.isfinite(loss), f"the loss is {loss} at step {done}. Lower --learning_rate.")
+        text, now = f"step {done}/{total}  loss {loss:.4f}", time.time()
+        if name == "eval_loss":
+            say("eval", f"{text}  perplexity {math.exp(min(loss, 700)):.2f}")
+            return
+        left = int((total - done) * (now - self.began) / (done - self.first_step))
+        speed = logs["num_tokens"] / (now - self.last)
+        text += (
+            f"  lr {logs['learning_rate']:.2e}  grad {logs['grad_norm']:.3f}  {speed:,.0f} tok/s"
+        )
+        text += (
+            f"  {peak_memory():.2f} GiB  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        )
+        say(text, "")
+        self.last, self.tokens_seen = now, self.tokens_seen + logs["num_tokens"]
 
     def _load_best_model(self):
         if self.is_deepspeed_enabled or hasattr(self.model, "peft_config"):
@@ -481,35 +511,6 @@ class FineTuner(Trainer):
             for path in find_checkpoints(self.args.output_dir, self.run_id)[: -self.keep]:
                 if path != Path(self.state.best_model_checkpoint or ""):
                     shutil.rmtree(path)
-
-
-class Progress(TrainerCallback):
-    """One line per logged step, always in the same order: `grep '^step'` finds them."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.began = self.last = time.time()
-        self.first_step, self.tokens = state.global_step, 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # What is summed up must not reach into an evaluation, nor be lost to a resume.
-        is_last = state.global_step >= state.max_steps
-        control.should_log |= control.should_save or control.should_evaluate or is_last
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        step, loss = f"step {state.global_step}/{state.max_steps}", logs.get("loss", 0)
-        if "eval_loss" in logs:
-            loss = logs["eval_loss"]
-            say("eval", f"{step}  loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.2f}")
-        check(math.isfinite(loss), f"the loss is {loss} at {step}: spoilt. Lower --learning_rate.")
-        if "loss" in logs:
-            now, steps = time.time(), state.global_step - self.first_step
-            left = int((state.max_steps - state.global_step) * (now - self.began) / steps)
-            text = f"loss {loss:.4f}  lr {logs['learning_rate']:.2e}  grad {logs['grad_norm']:.3f}"
-            text += (
-                f"  {logs['num_tokens'] / (now - self.last):,.0f} tok/s  {peak_memory():.2f} GiB"
-            )
-            say(f"{step}  {text}  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", "")
-            self.last, self.tokens = now, self.tokens + logs["num_tokens"]
 
 
 # ---- 5. Guard rails: no need to read ----
@@ -659,14 +660,6 @@ def read_rows(source):
             fail(f"{place}: {error}")
 
 
-def describe(file):
-    if isinstance(file, Dataset):
-        return file._fingerprint
-    with Path(file).open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return {"file": file, "bytes": stream.tell(), "sha256": digest}
-
-
 def find_checkpoints(output_dir, run_id=""):
     """checkpoint-<digits> in order, of a run those with its mark; other names are ignored."""
     found = {}
@@ -686,7 +679,11 @@ def find_run(script, training, given):
     record, is_finished = output_dir / "run_args.yaml", (output_dir / "all_results.json").is_file()
     before = yaml.safe_load(record.read_text("utf-8")) if record.is_file() else {}
     old = before.pop("run", {})
-    data = [describe(file) for file in (script.train_file or []) + (script.validation_file or [])]
+    data = []
+    for file in (script.train_file or []) + (script.validation_file or []):
+        with Path(file).open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            data.append({"file": file, "bytes": stream.tell(), "sha256": digest})
     names = sorted({*before, *given} - {"resume_from_checkpoint", "ddp_timeout"})
     pairs = [(name, before.get(name), given.get(name)) for name in names]
     changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
@@ -811,17 +808,6 @@ def check_model(script, tokenizer, model, info):
         model.generation_config.do_sample = True
 
 
-def count_parameters(model):
-    """(trained, all), also where ZeRO-3 parts them or 4 bit packs them, which PEFT knows of."""
-    if hasattr(model, "get_nb_trainable_parameters"):
-        return model.get_nb_trainable_parameters()
-    return get_model_param_count(model, trainable_only=True), get_model_param_count(model)
-
-
-def device_name():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-
-
 def peak_memory():
     """Peak memory of this process in GiB: on its GPU where it has one, else on the host."""
     if torch.cuda.is_available():
@@ -829,16 +815,20 @@ def peak_memory():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def start(script, trainer, given, run, resume):
-    """Say what is done and why, and record it."""
+def begin(script, trainer, given, run, resume):
+    """Say what is done and why; record it, and with what, for whoever cites the run."""
     args, model, rows = trainer.args, trainer.model, trainer.train_dataset
-    trained, total = count_parameters(model)
+    if hasattr(model, "get_nb_trainable_parameters"):  # PEFT knows of packed and of single rows
+        trained, total = model.get_nb_trainable_parameters()
+    else:
+        trained, total = (get_model_param_count(model, only) for only in (True, False))
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     kind = f"{script.model_name_or_path} ({model.config.model_type})"
     say(
         "model",
         f"{kind}, {total:,} parameters, {trained:,} of them trained ({trained / total:.2%})",
     )
-    say("device", f"{args.world_size} x {device_name()}, {script.precision} ({script.reason})")
+    say("device", f"{args.world_size} x {device}, {script.precision} ({script.reason})")
     say("attention", f"{model.config._attn_implementation}; no mask, rows right-padded")
     size, parts = args.train_batch_size * args.world_size, args.gradient_accumulation_steps
     tokens = size * parts * sum(rows["length"]) / len(rows)
@@ -851,7 +841,12 @@ def start(script, trainer, given, run, resume):
         text += f"[[{piece}]]" if learned else piece
     text = text if len(text) < 300 else f"{text[:100]} ... {text[-190:]}"
     say("example", text.replace("\n", "\\n") + "    ([[ ]] carries loss)")
+    run |= {"trainable_parameters": trained, "total_parameters": total, "device": device}
+    run["versions"] = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    run |= {"hostname": platform.node(), "git_commit": git_commit()}
     trainer.run_id, trainer.keep = run["id"], script.keep
+    trainer.began = trainer.last = time.time()
+    trainer.remove_callback(transformers.PrinterCallback)
     model.config.use_cache = True  # for whoever loads the result; batches say False
     if trainer.is_world_process_zero():
         record = yaml.safe_dump({**given, "run": run}, sort_keys=False, allow_unicode=True)
@@ -859,34 +854,37 @@ def start(script, trainer, given, run, resume):
         Path(args.output_dir, "all_results.json").unlink(missing_ok=True)
 
 
-def save_results(trainer, progress, run):
+def git_commit():
+    """The commit of the checkout that this script stands in, if it does."""
+    git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--abbrev=40"]
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run([*git, "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def save_results(trainer, run):
     """Model, tokenizer, trainer_state.json; all_results.json last: it marks the run as finished."""
     trainer.save_model()
-    state, evaluation = trainer.state, {}
-    if trainer.eval_dataset is not None:
-        done = {} if trainer.args.load_best_model_at_end else state.log_history[-2]
-        evaluation = done if "eval_loss" in done else trainer.evaluate()
+    history = trainer.state.log_history
+    evaluation = {} if trainer.args.load_best_model_at_end or len(history) < 2 else history[-2]
+    if trainer.eval_dataset is not None and "eval_loss" not in evaluation:
+        evaluation = trainer.evaluate()
     trainer.save_state()
-    steps, seconds = [e for e in state.log_history if "loss" in e], time.time() - progress.began
-    loss = sum(e["loss"] * e["num_learned"] for e in steps) / sum(e["num_learned"] for e in steps)
-    speed, memory = progress.tokens / seconds, peak_memory()
-    results = {"train_loss": loss, "train_runtime": seconds, "train_tokens_per_second": speed}
-    results |= {"steps": state.global_step, "peak_memory_gib": memory, "device": device_name()}
-    trained, total = count_parameters(trainer.model)
-    results |= {"trainable_parameters": trained, "total_parameters": total, "run": run}
-    if evaluation:
-        loss = evaluation["eval_loss"]
-        results |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
-    results["versions"] = {d.name: d.version for d in distributions() if d.name in PACKAGES}
-    git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--abbrev=40"]
-    if shutil.which("git"):
-        commit = subprocess.run([*git, "--dirty"], capture_output=True, text=True).stdout.strip()
-        results["git_commit"] = commit or None
-    results["hostname"] = platform.node()
+    seconds = time.time() - trainer.began
+    steps = [entry for entry in history if "loss" in entry]
+    learned = sum(entry["num_learned"] for entry in steps)
+    loss = sum(entry["loss"] * entry["num_learned"] for entry in steps) / learned
+    speed, memory, count = trainer.tokens_seen / seconds, peak_memory(), trainer.state.global_step
+    results = {**run, "train_loss": loss, "train_runtime": seconds, "steps": count}
+    results |= {"train_tokens_per_second": speed, "peak_memory_gib": memory}
+    if "eval_loss" in evaluation:
+        results["eval_loss"] = evaluation["eval_loss"]
+        results["eval_perplexity"] = math.exp(min(evaluation["eval_loss"], 700))
     if trainer.is_world_process_zero():
         trainer.save_metrics("all", results, combined=False)
-    text = f"loss {results['train_loss']:.4f}, {state.global_step:,} steps, {seconds:,.0f} s"
-    say("done", f"{text}, {speed:,.0f} tok/s, peak {memory:.2f} GiB")
+    speed = f"{count:,} steps, {seconds:,.0f} s, {speed:,.0f} tok/s"
+    say("done", f"loss {loss:.4f}, {speed}, peak {memory:.2f} GiB")
 
 
 if __name__ == "__main__":
