@@ -20,7 +20,8 @@ lesson "1/6  The data: questions about short Japanese texts"
 if [[ ! -s $TRAIN || ! -s $VALIDATION ]]; then
   python jglue/prepare_jglue.py --jglue_dir "${JGLUE_DIR:-jglue/sample}" --output_dir "$OUT" --task jsquad || exit
   if [[ ! -s $TRAIN ]]; then # a JGLUE directory that lacks the training split
-    echo "No training split there: the first 3,000 questions of the validation split are trained on, the last 300 asked."
+    echo "No training split there: the first 3,000 questions of the validation split are trained on,"
+    echo "the last 300 asked."
     mv "$VALIDATION" "$OUT/all.jsonl" && head -n 3000 "$OUT/all.jsonl" >"$TRAIN"
     tail -n 300 "$OUT/all.jsonl" >"$VALIDATION"
   elif (($(wc -l <"$VALIDATION") > 300)); then
@@ -40,10 +41,13 @@ python generate_text/generate_text.py --model_name_or_path "$MODEL" --prompt_fil
   --output_file "$OUT/before.jsonl" --max_new_tokens 24 --batch_size 50 || exit
 
 lesson "4/6  Fine-tuning on the training questions (the loss is on the answers only)"
+QUARTER=$(((STEPS + 3) / 4))
 python finetune_full/finetune_full.py --model_name_or_path "$MODEL" --train_file "$TRAIN" \
-  --validation_file "$VALIDATION" --output_dir "$TUNED" --max_length 512 --max_steps "$STEPS" --learning_rate 3e-3 \
-  --warmup_steps 50 --per_device_train_batch_size 32 --logging_steps 50 --eval_strategy steps --eval_steps $(((STEPS + 3) / 4)) \
-  --save_steps $(((STEPS + 3) / 4)) --save_total_limit 1 || exit
+  --validation_file "$VALIDATION" --output_dir "$TUNED" --max_length 512 --max_steps "$STEPS" \
+  --learning_rate 3e-3 --warmup_steps 50 --per_device_train_batch_size 32 --logging_steps 50 \
+  --eval_strategy steps --eval_steps "$QUARTER" --save_steps "$QUARTER" --save_total_limit 1 || exit
+PICTURE="" # a picture that fails ends nothing
+python jobs/draw_loss.py "$TUNED" && PICTURE=$TUNED/loss.png
 
 lesson "5/6  Its answers after"
 python generate_text/generate_text.py --model_name_or_path "$TUNED" --prompt_file "$VALIDATION" \
@@ -57,18 +61,21 @@ for when in before after; do
 done
 python - "$OUT" <<'PY' || exit
 import json, sys
-rows = [[json.loads(line) for line in open(f"{sys.argv[1]}/{name}.jsonl", encoding="utf-8")] for name in ("before", "after")]
-for before, after in list(zip(*rows))[:: max(1, len(rows[0]) // 4)][:4]:
-    print(f"\n{before['prompt']}\n  expected {before['completion']} | before {before['generated_text'][:20]!r} | after {after['generated_text'][:40]!r}")
+def rows(name):
+    return [json.loads(line) for line in open(f"{sys.argv[1]}/{name}.jsonl", encoding="utf-8")]
+pairs = list(zip(rows("before"), rows("after")))
+for before, after in pairs[:: max(1, len(pairs) // 4)][:4]:
+    old, new = before["generated_text"][:20], after["generated_text"][:40]
+    print(f"\n{before['prompt']}\n  expected {before['completion']} | before {old!r} | after {new!r}")
 PY
 if [[ -n ${JGLUE_DIR:-} ]]; then
   echo
-  echo "A model this small, trained for minutes on real text, learns the form of an answer, seldom the answer itself:"
-  echo "it has seen no Japanese but these questions. JSQuAD is meant for models that were trained on much text before:"
-  echo "README.md shows how to fine-tune one of those."
+  echo "A model this small, trained for minutes on real text, learns the form of an answer, seldom"
+  echo "the answer itself: it has seen no Japanese but these questions. JSQuAD is meant for models"
+  echo "that were trained on much text before: README.md shows how to fine-tune one of those."
 fi
 lesson "Done"
-echo "picture    $TUNED/loss.png"
+[[ -z $PICTURE ]] || echo "picture    $PICTURE"
 echo "next       python generate_text/generate_text.py --model_name_or_path $TUNED --prompt \\"
 printf '%s\n' "             \$'題名：買い物\\n文章：今朝、田中さんは朝市で柿を買った。\\n質問：田中さんは何を買いましたか。\\n答え：'"
 echo "           README.md: the lessons one by one, and the same steps with qsub"

@@ -15,8 +15,9 @@ source ../jobs/env.sh || exit
 
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
 # Another part than the last layer: ARGS="--train last_block"; python show_model.py tells what there is.
-# A rate that is good for the small new model and ruinous for a trained one.
-[[ -n ${MODEL:-}${CONFIG:-} ]] || ARGS="--learning_rate 1e-3 ${ARGS:-}"
+# New tokens: first make a MODEL that has them, with python add_tokens.py, which prints what to type next.
+[[ -n ${MODEL:-}${CONFIG:-} ]] || # for the small new model; such a rate would ruin a trained one
+  ARGS="--learning_rate 1e-3 ${ARGS:-}"
 MODEL=${MODEL:-../tiny_model/output/llama}
 [[ -n ${TRAIN_FILE:-}${CONFIG:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
 TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jsquad_train.jsonl}
@@ -24,7 +25,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-output}
 SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR"
   --save_steps 100 --save_total_limit 2)
 # A file of `name: value` lines, such as a run_args.yaml, in place of the variables above: qsub -v CONFIG=my.yaml
-[[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG")
+[[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG") OUTPUT_DIR=$(sed -n 's/^output_dir: *//p' "$CONFIG" 2>&-)
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
 [[ -z ${VALIDATION_FILE:-} ]] || WORDS=(--validation_file "$VALIDATION_FILE" "${WORDS[@]}")
 [[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}") # e.g. ../deepspeed_configs/zero1.json
@@ -36,3 +37,6 @@ if ((GPUS > 1)) || [[ $GPUS == 1 && -n ${DEEPSPEED:-}${CONFIG:-} ]]; then # a se
 fi
 ((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
 "${LAUNCH[@]}" finetune_lastlayer.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
+status=$? # of the training, whatever becomes of the picture; --since: of this job's losses only
+((status != 0)) || python ../jobs/draw_loss.py "$OUTPUT_DIR" --since $(($(date +%s) - SECONDS))
+exit "$status"

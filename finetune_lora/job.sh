@@ -13,6 +13,7 @@ if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$
   { echo "error: no finetune_lora.py and ../jobs/env.sh in $PWD. Submit from this job file's directory" >&2; exit 2; }
 source ../jobs/env.sh || exit
 
+# The last layer on a base in 8 bit: ARGS="--lora_target_modules none --modules_to_save lm_head --load_in_8bit true"
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
 [[ -n ${MODEL:-}${CONFIG:-} ]] || # the small new model's head is still random; the rate would ruin a trained one
   ARGS="--modules_to_save lm_head --learning_rate 3e-3 --per_device_train_batch_size 32 --num_train_epochs 4 ${ARGS:-}"
@@ -23,7 +24,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-output}
 SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR"
   --save_steps 200 --save_total_limit 2)
 # A file of `name: value` lines, such as a run_args.yaml, in place of the variables above: qsub -v CONFIG=my.yaml
-[[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG")
+[[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG") OUTPUT_DIR=$(sed -n 's/^output_dir: *//p' "$CONFIG" 2>&-)
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
 [[ -z ${VALIDATION_FILE:-} ]] || WORDS=(--validation_file "$VALIDATION_FILE" "${WORDS[@]}")
 [[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}") # e.g. ../deepspeed_configs/zero1.json
@@ -35,3 +36,6 @@ if ((GPUS > 1)) || [[ $GPUS == 1 && -n ${DEEPSPEED:-}${CONFIG:-} ]]; then # a se
 fi
 ((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
 "${LAUNCH[@]}" finetune_lora.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
+status=$? # of the training, whatever becomes of the picture; --since: of this job's losses only
+((status != 0)) || python ../jobs/draw_loss.py "$OUTPUT_DIR" --since $(($(date +%s) - SECONDS))
+exit "$status"

@@ -1,5 +1,7 @@
 #!/bin/bash
 # Let a model answer a file of prompts. From this directory: qsub -P GROUP job.sh   (by hand: bash job.sh)
+# To chat, take a node for yourself: qsub -I -P GROUP -q rt_HG -l select=1; there, in this directory:
+#   source ../jobs/env.sh; python chat.py --model_name_or_path MODEL
 #PBS -N generate_text
 #PBS -q rt_HG
 #PBS -l select=1

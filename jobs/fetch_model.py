@@ -2,13 +2,14 @@
 
 Command:  bash jobs/fetch_model.sh rinna/japanese-gpt-neox-3.6b
 
-A repository with safetensors weights goes into the hub's own cache (HF_HOME), under its own name. One that has only
-``.bin`` weights goes, converted, into a plain directory CACHE_ROOT/models/OWNER--NAME: files added to the hub's cache
-would be passed over as soon as a job asks the hub. A local directory in place of a name is converted where it lies
-(its ``.bin`` files stay). Safetensors load faster, need no second copy in memory, and cannot carry code as pickles can.
+A repository with safetensors weights goes into the hub's own cache (HF_HOME), under its own name.
+One that has only ``.bin`` weights goes, converted, into a plain directory
+CACHE_ROOT/models/OWNER--NAME: files added to the hub's cache would be passed over as soon as a job
+asks the hub. A local directory in place of a name is converted where it lies (its ``.bin`` files
+stay). Safetensors load faster, need no second copy in memory, and cannot carry code as pickles can.
 
-Costs the size of the model in disk space, one shard more while a ``.bin`` repository is converted. Interrupted, it goes
-on where it stopped when it is started again.
+Costs the size of the model in disk space, one shard more while a ``.bin`` repository is converted.
+Interrupted, it goes on where it stopped when it is started again.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import shutil
 import sys
 from pathlib import Path
 
-# What a job needs beside the weights. Weights in other formats (.h5, .msgpack, .onnx, .gguf) stay at the hub.
+# What a job needs beside the weights. Other formats (.h5, .msgpack, .onnx, .gguf) stay at the hub.
 SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken")
 BIN_WEIGHTS = re.compile(r"(pytorch|adapter)_model(-\d+-of-\d+)?\.bin")
 SAFE_WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")
@@ -38,31 +39,49 @@ def explain(error: Exception, model: str) -> None:
 
     reason = " ".join(str(error).split())[:200]
     if isinstance(error, errors.GatedRepoError):  # before its parent, RepositoryNotFoundError
-        fail(f"{model} is gated. Accept its conditions on its page at the hub, then type: hf auth login")
+        fail(
+            f"{model} is gated. Accept its conditions on its page at the hub, then type: "
+            "hf auth login"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         fail(f"{model} has no such revision ({reason}). Look at the names on its page at the hub")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        fail(f"{model} is no directory here and no model at the hub, or private. Look at the name; or hf auth login")
+        fail(
+            f"{model} is no directory here and no model at the hub, or private. "
+            "Look at the name; or hf auth login"
+        )
     if isinstance(error, errors.LocalEntryNotFoundError | OSError | errors.HfHubHTTPError):
         if getattr(error, "errno", None) in (28, 122):  # ENOSPC, EDQUOT
-            fail(f"the disk is full ({error}). Make room (on ABCI: show_quota) and type the same again")
-        fail(f"the hub does not answer ({type(error).__name__}: {reason}). Use a machine with a network and try again")
+            fail(
+                f"the disk is full ({error}). Make room (on ABCI: show_quota) and type "
+                "the same again"
+            )
+        fail(
+            f"the hub does not answer ({type(error).__name__}: {reason}). Use "
+            "a machine with a network and try again"
+        )
     if type(error).__module__.startswith("http"):  # the client's own HTTP library
-        fail(f"the hub is not reachable ({type(error).__name__}: {reason}). Use a machine with a network and try again")
+        fail(
+            f"the hub is not reachable ({type(error).__name__}: {reason}). Use "
+            "a machine with a network and try again"
+        )
     raise error
 
 
 def choose_files(names: list[str], model: str) -> tuple[list[str], bool]:
-    """The files to fetch, and whether the weights are ``.bin`` only. Exits when transformers would find no weights."""
+    """The files to fetch, and whether the weights are ``.bin`` only. Exits where there are none."""
     top = [name for name in names if "/" not in name]
-    small = [name for name in top if name.endswith(SMALL_FILES) and not name.endswith(".bin.index.json")]
+    small = [
+        name for name in top if name.endswith(SMALL_FILES) and not name.endswith(".bin.index.json")
+    ]
     safe = [name for name in top if SAFE_WEIGHTS.fullmatch(name)]
     if safe:
         return small + safe, False
     weights = [name for name in top if BIN_WEIGHTS.fullmatch(name)]
     if not weights:
         fail(
-            f"{model} has no weights in safetensors or .bin form, so transformers cannot load it. Choose another model"
+            f"{model} has no weights in safetensors or .bin form, so transformers cannot load "
+            "it. Choose another model"
         )
     return small + weights + [name for name in top if name == "pytorch_model.bin.index.json"], True
 
@@ -73,7 +92,7 @@ def safe_name(bin_name: str) -> str:
 
 
 def convert_shard(source: Path, target: Path) -> None:
-    """Write the tensors of one ``.bin`` file as safetensors and compare them, bit by bit, with what was read."""
+    """Write the tensors of one ``.bin`` file as safetensors, and compare them bit by bit."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -81,12 +100,16 @@ def convert_shard(source: Path, target: Path) -> None:
     try:
         # weights_only: a pickle could run code; mmap: no copy of the whole file in memory.
         state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises half a dozen kinds for a file that is cut or no weights file
-        fail(f"{source} cannot be read ({' '.join(str(error).split())[:120]}). Delete it and type the same again")
+    except Exception as error:  # torch raises half a dozen kinds for a file that is cut
+        fail(
+            f"{source} cannot be read ({' '.join(str(error).split())[:120]}). "
+            "Delete it and type the same again"
+        )
     others = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
     if others:
         fail(
-            f"{source} holds {others[0]}, which is no tensor. Only plain weights can be converted: choose another model"
+            f"{source} holds {others[0]}, which is no tensor. Only plain weights can be "
+            "converted: choose another model"
         )
     # Cloned, since safetensors refuses tensors that share memory, as tied embeddings may.
     tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
@@ -99,7 +122,10 @@ def convert_shard(source: Path, target: Path) -> None:
             for name, tensor in tensors.items()
         )
     if not same:
-        fail(f"{part} differs from {source} after writing. The disk or the memory has a fault: try another machine")
+        fail(
+            f"{part} differs from {source} after writing. The disk or the memory has a fault: "
+            "try another machine"
+        )
     part.rename(target)
 
 
@@ -115,7 +141,9 @@ def convert_directory(directory: Path, shards: list[str], delete: bool) -> None:
     index = directory / "pytorch_model.bin.index.json"
     if index.exists():
         content = json.loads(index.read_text(encoding="utf-8"))
-        content["weight_map"] = {tensor: safe_name(shard) for tensor, shard in content["weight_map"].items()}
+        content["weight_map"] = {
+            tensor: safe_name(shard) for tensor, shard in content["weight_map"].items()
+        }
         text = json.dumps(content, indent=2)
         (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         if delete:
@@ -126,10 +154,14 @@ def check_space(needed: int, place: Path) -> None:
     """Exit when a file system has less room than the bytes needed."""
     place.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(place).free
-    print(f"space     {needed / GB:.1f} GB to fetch, {free / GB:.1f} GB free at {place} (a quota may leave less)")
+    print(
+        f"space     {needed / GB:.1f} GB to fetch, {free / GB:.1f} GB free at {place} "
+        "(a quota may leave less)"
+    )
     if needed > free:
         fail(
-            f"{needed / GB:.1f} GB do not fit into the {free / GB:.1f} GB free at {place}. Make room or set CACHE_ROOT"
+            f"{needed / GB:.1f} GB do not fit into the {free / GB:.1f} GB free at {place}. "
+            "Make room or set CACHE_ROOT"
         )
 
 
@@ -145,10 +177,13 @@ def fetch(model: str, revision: str | None) -> str:
         disable_progress_bars()
         plan = snapshot_download(model, revision=info.sha, allow_patterns=names, dry_run=True)
         enable_progress_bars()
-        check_space(sum(file.file_size for file in plan if file.will_download), Path(constants.HF_HUB_CACHE))
-        # By branch, not commit: the cache then notes which commit the branch is, and an offline job finds it.
+        needed = sum(file.file_size for file in plan if file.will_download)
+        check_space(needed, Path(constants.HF_HUB_CACHE))
+        # By branch, not commit: the cache then notes its commit, and an offline job finds it.
         snapshot_download(model, revision=revision, allow_patterns=names)
-        return model if revision is None else snapshot_download(model, revision=revision, local_files_only=True)
+        if revision is None:
+            return model
+        return snapshot_download(model, revision=revision, local_files_only=True)
     root = Path(os.environ.get("CACHE_ROOT") or Path.home() / ".cache") / "models"
     directory = root / "--".join([*model.split("/"), *([revision] if revision else [])])
     shards = [name for name in names if BIN_WEIGHTS.fullmatch(name)]
@@ -161,7 +196,8 @@ def fetch(model: str, revision: str | None) -> str:
     if missing:
         snapshot_download(model, revision=info.sha, allow_patterns=missing, local_dir=directory)
     convert_directory(directory, shards, delete=True)
-    shutil.rmtree(directory / ".cache", ignore_errors=True)  # the client's notes on the files that were deleted
+    # The client's notes on the files that were deleted.
+    shutil.rmtree(directory / ".cache", ignore_errors=True)
     return str(directory)
 
 
@@ -179,7 +215,9 @@ def convert_local(directory: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Fetch or convert one model and print how a job uses it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
-    parser.add_argument("model", help="name at the hub (OWNER/NAME), or a local directory to convert")
+    parser.add_argument(
+        "model", help="name at the hub (OWNER/NAME), or a local directory to convert"
+    )
     parser.add_argument("--revision", help="branch, tag or commit; default: the main branch")
     args = parser.parse_args(argv)
     if Path(args.model).is_dir():
@@ -192,7 +230,8 @@ def main(argv: list[str] | None = None) -> None:
         except Exception as error:  # explain() raises again what it does not know
             explain(error, args.model)
     print(f"ready     use it without a network: MODEL={place} HF_HUB_OFFLINE=1 bash job.sh")
-    print(f"          or in a job:              qsub -P GROUP -v MODEL={place},HF_HUB_OFFLINE=1 job.sh")
+    job = f"qsub -P GROUP -v MODEL={place},HF_HUB_OFFLINE=1 job.sh"
+    print(f"          or in a job:              {job}")
 
 
 if __name__ == "__main__":

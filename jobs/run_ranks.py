@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Run a launcher of many processes, and name at the end the host and the rank that failed first, and with what.
+"""Run a launcher of many processes; name at the end which host and rank failed first, with what.
 
     python ../jobs/run_ranks.py torchrun --standalone --nproc_per_node 8 finetune_full.py ...
 
-What the launcher and its processes print passes through unchanged. torchrun and mpirun go on talking after a failure,
-one page per node; so when all is over, one more line gathers what counts, and the exit status is the launcher's.
+What the launcher and its processes print passes through unchanged. torchrun and mpirun go on
+talking after a failure, one page per node; so when all is over, one more line gathers what counts,
+and the exit status is the launcher's.
 Follows https://docs.pytorch.org/docs/stable/elastic/errors.html (the form of torchrun's report).
 """
 
@@ -17,16 +18,19 @@ from collections import deque
 
 # One process's part of torchrun's report. Each node prints one report.
 FAILURE = re.compile(
-    r"time\s+: (?P<time>\S+)\s+host\s+: (?P<host>\S+)\s+rank\s+: (?P<rank>\d+) .*?exitcode\s+: (?P<code>-?\d+)", re.S
+    r"time\s+: (?P<time>\S+)\s+host\s+: (?P<host>\S+)\s+"
+    r"rank\s+: (?P<rank>\d+) .*?exitcode\s+: (?P<code>-?\d+)",
+    re.S,
 )
 PREFIX = re.compile(r"^(\[\S+\]:\s?|\[1,\d+\]<stderr>:\s?)+")  # of torch's ranks, of mpirun's nodes
 
 
 def first_failure(text):
-    """Return (host, rank, exit code) of the process that failed first, from torchrun's reports in text, or None.
+    """Return (host, rank, exit code) of the process that failed first, by torchrun's reports.
 
-    Processes that were killed come before those that ended by themselves: the others notice it by a broken connection,
-    sometimes within the tenth of a second after which torchrun looks. It ends the rest with SIGTERM (-15): these last.
+    Processes that were killed come before those that ended by themselves: the others notice it by a
+    broken connection, sometimes within the tenth of a second after which torchrun looks. It ends
+    the rest with SIGTERM (-15): these last. None where no process is reported.
     """
     found = [(int(match["code"]), match) for match in FAILURE.finditer(text)]
     found.sort(key=lambda pair: (pair[0] == -signal.SIGTERM, pair[0] >= 0, pair[1]["time"]))
@@ -34,8 +38,9 @@ def first_failure(text):
 
 
 def error_line(lines, rank=None):
-    """The last line that names an error: of the given rank where torch marks its lines, else of any."""
-    named = [line for line in lines if re.match(r"\S*(error|Error|Exception|Interrupt)\b.*", PREFIX.sub("", line))]
+    """The last line with an error: of the given rank where torch marks its lines, else of any."""
+    error = re.compile(r"\S*(error|Error|Exception|Interrupt)\b")
+    named = [line for line in lines if error.match(PREFIX.sub("", line))]
     named = [line for line in named if "ChildFailedError" not in line]
     own = [line for line in named if rank is not None and line.startswith(f"[rank{rank}]:")]
     ours = [line for line in named if PREFIX.sub("", line).startswith("error: ")]
@@ -46,9 +51,11 @@ def describe(lines, status):
     """One line for the end of the log: what failed, where."""
     failure = first_failure("\n".join(lines))
     if failure is None:
-        node = next((line for line in lines if line.startswith("node ") and " ended with status " in line), "")
+        nodes = [line for line in lines if re.match("node .* ended with status ", line)]
+        node = nodes[0] if nodes else ""
         what = error_line(lines) or "see above"
-        what += " (not all nodes came within START_TIMEOUT, see jobs/node.sh)" * ("RendezvousTimeout" in what)
+        if "RendezvousTimeout" in what:
+            what += " (not all nodes came within START_TIMEOUT, see jobs/node.sh)"
         return f"{node.removeprefix('node').strip() or f'status {status}'}: {what}"
     host, rank, code = failure
     if code < 0:
@@ -71,7 +78,7 @@ def main(command):
     except OSError as error:
         print(f"error: {command[0]} does not start: {error.strerror}", file=sys.stderr)
         return 2
-    # PBS and Ctrl-C send these to the launcher too. It decides when all is saved; this process only waits for it.
+    # PBS and Ctrl-C send these to the launcher too. It decides when all is saved; this one waits.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     lines = deque(maxlen=20_000)  # a thousand ranks print a page each

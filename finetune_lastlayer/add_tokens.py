@@ -1,0 +1,198 @@
+#!/usr/bin/env python3
+"""Write a copy of a model with new tokens: in its tokenizer, and as rows of its embeddings.
+
+A new row, of the input and the output embeddings, is the mean of the rows of the pieces that the
+token was split into until now: with one mean for all, the tokens would start alike. Nothing else
+changes. Takes the model's size in memory and on the disk, and no GPU. The new rows have learned
+nothing then: the command that is printed last trains them.
+
+By hand  python add_tokens.py --model_name_or_path MODEL --new_tokens "<a>,<b>" --output_dir OUT
+Follows  https://huggingface.co/docs/transformers/main_classes/model, "resize_token_embeddings"
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import transformers  # its classes, and torch, come when they are used: it takes seconds
+from safetensors import SafetensorError
+
+
+def main(argv=None):
+    args = parse(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess and warn
+    name, output = args.model_name_or_path, Path(args.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        free = os.access(output, os.W_OK) and not any(output.iterdir())
+        check(free, f"--output_dir {output} must be empty, and yours to write. Choose another.")
+        config, tokenizer = load_tokenizer(name)
+        new_tokens = add_tokens(tokenizer, args.new_tokens)
+        model = load_model(name, config)
+        add_rows(model, new_tokens)
+        save(model, tokenizer, output, new_tokens)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        fail(f"{name} cannot be copied to {output}: {error}")
+    say("next", f"python finetune_lastlayer.py --model_name_or_path {shlex.quote(args.output_dir)} "
+                f"--train new_tokens --new_tokens {shlex.quote(','.join(args.new_tokens))} "
+                "--train_file FILE")  # fmt: skip
+
+
+def load_tokenizer(name):
+    """Return (config, tokenizer) of a model that can be given rows."""
+    config = transformers.AutoConfig.from_pretrained(name)
+    quantised = getattr(config, "quantization_config", None)
+    check(not quantised, f"{name} is stored quantised. Take the model in full precision.")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    check_tokenizer(name, tokenizer, config.get_text_config().vocab_size)
+    return config, tokenizer
+
+
+def add_tokens(tokenizer, texts):
+    """Add tokens to the tokenizer; return {id: ids of the pieces that stood for it until now}."""
+    known, pieces = tokenizer.get_vocab(), {}
+    for text in texts:
+        ids = pieces[text] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        check(ids, f"--new_tokens: this tokenizer makes nothing of {text!r}. Choose another name.")
+        is_one = text in known or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id)
+        check(not is_one, f"--new_tokens: {text} is one token already. Leave out what is not new.")
+    tokenizer.add_tokens([transformers.AddedToken(text, normalized=False) for text in texts])
+    new_tokens = {tokenizer.convert_tokens_to_ids(text): pieces[text] for text in texts}
+    free = len(new_tokens) == len(texts) and new_tokens.keys().isdisjoint(known.values())
+    check(free, "this tokenizer's ids have gaps: a new token got the id of another.")
+    for row, text in zip(new_tokens, texts, strict=True):
+        parts = " ".join(repr(tokenizer.decode([i])) for i in pieces[text])
+        say("new token", f"{text} = {row}, until now {len(pieces[text])} pieces: {parts}")
+    return new_tokens
+
+
+def load_model(name, config):
+    """The model on the CPU, in the precision of its file."""
+    config.dtype = None  # "auto" would believe it, whatever the file holds
+    options = {"config": config, "dtype": "auto", "output_loading_info": True}
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+    lost = sorted(info["missing_keys"])[:3]
+    check(not lost, f"{name} lacks weights that would be random: {lost}. Fetch it again.")
+    return model
+
+
+def add_rows(model, new_tokens):
+    """Give each token its row. Rows beyond the tokens, as many models have, are used first."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # The file counts: it may hold a head of its own where the configuration ties it.
+    tied = model.config.tie_word_embeddings = head.weight is embedding.weight
+    before, needed = len(embedding.weight), max(new_tokens) + 1
+    if needed > before:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for parameter in {*embedding.parameters(), *head.parameters()}:  # a bias has rows too
+        for row, pieces in new_tokens.items():
+            parameter.data[row] = parameter.data[pieces].float().mean(0)
+    say("rows", f"{before:,} before, {len(embedding.weight):,} now, {embedding.weight.dtype}; "
+                f"output embeddings {'tied to the input' if tied else 'of their own'}")  # fmt: skip
+
+
+def save(model, tokenizer, output, new_tokens):
+    """Write the copy, whole or not at all. tokenizer.json alone: no .model file has the tokens."""
+    with tempfile.TemporaryDirectory(dir=output, prefix=".partial.") as partial:  # may be a link
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        again = transformers.AutoTokenizer.from_pretrained(partial)
+        for row in new_tokens:
+            text = tokenizer.convert_ids_to_tokens(row)
+            kept = again(text, add_special_tokens=False)["input_ids"] == [row]
+            check(kept, f"this kind of tokenizer does not keep {text}. Nothing was written.")
+        mode = Path(partial, "config.json").stat().st_mode
+        for path in Path(partial).iterdir():
+            if path.suffix == ".safetensors":
+                path.chmod(mode)  # safetensors writes for the owner only
+            path.rename(output / path.name)
+
+
+# ---- Guard rails: no need to read ----
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add, expand = parser.add_argument, os.path.expanduser
+    add("--model_name_or_path", required=True, type=expand, help="Directory or hub name.")
+    add("--new_tokens", required=True, help='"<a>,<b>": texts that become one token each.')
+    add("--output_dir", required=True, type=expand, help="A new or empty directory for the copy.")
+    args = parser.parse_args(argv)
+    args.new_tokens = [text.strip() for text in args.new_tokens.split(",")]
+    good = all(args.new_tokens) and len({*args.new_tokens}) == len(args.new_tokens)
+    check(good, "--new_tokens: a name is empty, or there twice. Type them as <a>,<b>.")
+    return args
+
+
+# Copied from finetune_full/finetune_full.py
+def check_tokenizer(name, tokenizer, rows):
+    """Refuse a tokenizer with other ids than the model was trained with."""
+    from transformers.utils import cached_file
+
+    files = ("tokenizer_config.json", "tokenizer.json", "spiece.model", "tokenizer.model")
+    kinds = ("missing_entries", "connection_errors", "gated_repo")
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    settings, exact, *models = (cached_file(name, file, **quiet) for file in files)
+    settings = json.loads(Path(settings).read_text("utf-8")) if settings else {}
+    faults, last = [], max(tokenizer.get_vocab().values())
+    if model := next(filter(None, models), None):
+        from sentencepiece import SentencePieceProcessor
+
+        sp = SentencePieceProcessor(model_file=model)  # compared on a text of its own pieces
+        kinds = (sp.is_control, sp.is_byte, sp.is_unknown, sp.is_unused)
+        ids = [i for i in range(sp.vocab_size()) if not any(kind(i) for kind in kinds)]
+        text = "".join(sp.id_to_piece(ids[:: len(ids) // 500 + 1])).replace("▁", " ")
+        text = f"あ{text}鬱😀  ＡＢ\nｱ"
+        if sp.encode(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
+            faults.append(f"other ids than {Path(model).name} itself")
+    if last >= rows:
+        faults.append(f"ids up to {last}, past the end of the embedding with its {rows} rows")
+    # transformers 4 put BOS before a text where a Llama tokenizer does not say; 5 does not.
+    is_llama = not exact and str(settings.get("tokenizer_class")).startswith("LlamaTokenizer")
+    has_bos = leading_ids(tokenizer) == [tokenizer.bos_token_id]
+    if settings.get("add_bos_token", is_llama) and not has_bos:
+        faults.append("no BOS, which its files ask for")
+    remedy = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
+    problem = f"the tokenizer of {name} gives {' and '.join(faults)}"
+    check(not faults, f"{problem}. Convert it once: {remedy} --output_dir NEW, and use NEW.")
+
+
+# Copied from finetune_full/finetune_full.py
+def leading_ids(tokenizer):
+    """The ids (a BOS, or none) that this tokenizer puts before every text."""
+    text, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return ids[: ids.index(text[0])]
+
+
+# Copied from finetune_full/finetune_full.py
+def check(condition, message):
+    if not condition:
+        fail(message)
+
+
+# Copied from finetune_full/finetune_full.py
+def fail(message, every_rank=False):
+    """One line on stderr and exit code 2; of several ranks the first one speaks."""
+    if every_rank or os.environ.get("RANK", "0") == "0":
+        print("error:", " ".join(str(message).split())[:600], file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # torchrun ends all ranks when one leaves
+    raise SystemExit(2)
+
+
+# Copied from finetune_full/finetune_full.py
+def say(name, text):
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name:<11}{text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Draw a training's losses over its steps: OUTPUT_DIR/trainer_state.json -> OUTPUT_DIR/loss.png.
+
+By hand       python ../jobs/draw_loss.py output        (the job files do it after training)
+"""
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+SIGNATURE = "draw_loss.py"  # in each picture's file; a loss.png without it is somebody else's
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("output_dir", help="the --output_dir of a training that has ended")
+    parser.add_argument("--since", type=float, help="Unix time: leave losses alone that are older")
+    args = parser.parse_args(argv)
+    directory = Path(args.output_dir).expanduser()
+    state, picture = directory / "trainer_state.json", directory / "loss.png"
+    if args.since and not (state.is_file() and state.stat().st_mtime >= args.since):
+        print(f"picture    none: this job wrote no {state}. Others: jobs/draw_loss.py OUTPUT_DIR")
+        return
+    losses = read_losses(state)
+    partial = directory / ".loss.partial.png"
+    try:
+        replaced = "; replaces the one before" if picture.exists() else ""
+        if replaced and SIGNATURE.encode() not in picture.read_bytes():
+            fail(f"{picture} was not drawn by this program. Rename it, then draw again.")
+        draw(losses, directory.resolve().name, partial)
+        partial.replace(picture)
+    except ImportError as error:
+        fail(f"matplotlib does not load ({error}). Type: pip install matplotlib")
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        fail(f"{picture} cannot be written ({error.strerror}). See ls -ld, df -h and your quota.")
+    print(f"picture    {picture}: {' and '.join(losses)} loss{replaced}")
+
+
+def read_losses(path):
+    """Return {"training": [(step, loss), ...], "validation": ...}, what there is of the two."""
+    losses = {}
+    try:
+        history = json.loads(path.read_text("utf-8"))["log_history"]
+        for name, key in (("training", "loss"), ("validation", "eval_loss")):
+            points = [(int(entry["step"]), float(entry[key])) for entry in history if key in entry]
+            if points:
+                losses[name] = points
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{path} cannot be read: {error!r}. Name the --output_dir of a training that ended.")
+    return losses or fail(f"{path} holds no loss. Train with a smaller --logging_steps.")
+
+
+def draw(losses, title, path):
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no word about its caches
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # of Japanese names; boxes will do
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    for name, points in losses.items():
+        axes.plot(*zip(*points, strict=True), ".-" if name == "training" else "o--", label=name)
+    axes.set(xlabel="step", ylabel="loss per learned token (nats)")
+    axes.set_title(f"{title[:60]}: loss", parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.figure.savefig(path, dpi=120, metadata={"Software": SIGNATURE})
+
+
+def fail(message):
+    """Print one line on stderr and leave with exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()
