@@ -149,8 +149,8 @@ def check_tokenizer(name, tokenizer, rows):
         sp = SentencePieceProcessor(model_file=model)  # compared on a text of its own pieces
         kinds = (sp.is_control, sp.is_byte, sp.is_unknown, sp.is_unused)
         ids = [i for i in range(sp.vocab_size()) if not any(kind(i) for kind in kinds)]
-        text = "".join(sp.id_to_piece(ids[:: len(ids) // 500 + 1])).replace("▁", " ")
-        text = f"あ{text}鬱😀  ＡＢ\nｱ"
+        pieces = "".join(sp.id_to_piece(ids[:: len(ids) // 500 + 1]))
+        text = "あ" + pieces.replace("▁", " ") + "鬱😀  ＡＢ\nｱ"
         if sp.encode(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
             faults.append(f"other ids than {Path(model).name} itself")
     if last >= rows:

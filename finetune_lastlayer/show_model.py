@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""List what a causal language model consists of, and what a --train of finetune_lastlayer.py would train of it.
+"""List what a causal language model consists of, and what a --train of finetune_lastlayer.py means.
 
-One line covers the tensors that differ in the number of their block alone: the name to give to --train, the module it
-belongs to (what LoRA calls a target), shape, dtype, parameters and their share of the total. Nothing but the
-configuration is read: it takes seconds and no memory for a model of any size.
+One line covers the tensors that differ in the number of their block alone: the name to give to
+--train, the module it belongs to (what LoRA calls a target), shape, dtype, parameters and their
+share of the total. Nothing but the configuration is read: it takes seconds, and no memory, for a
+model of any size.
 
-By hand       python show_model.py --model_name_or_path MODEL
-A choice      python show_model.py --model_name_or_path MODEL --train 'layers\\.(30|31)\\.'     (* marks what it trains)
+By hand   python show_model.py --model_name_or_path MODEL
+A choice  python show_model.py --model_name_or_path MODEL --train 'layers\\.(30|31)\\.'
+          (* marks what it trains)
 """
 
 import argparse
@@ -30,23 +32,31 @@ def main(argv=None):
     say("model", f"{args.model_name_or_path} ({model.config.model_type}), {total:,} parameters")
     print_table(list_tensors(model, chosen, total))
     if args.train:
-        trained = sum(parameter.numel() for name, parameter in model.named_parameters() if name in chosen)
-        rows = ", and of these the rows of the new tokens only" if args.train == "new_tokens" else ""
-        memory = 4 * total + 12 * trained
-        say("trained", f"* {trained:,} of {total:,} parameters ({trained / total:.2%}){rows}")
+        trained = sum(p.numel() for name, p in model.named_parameters() if name in chosen)
+        only = (
+            ", and of these the rows of the new tokens only" if args.train == "new_tokens" else ""
+        )
+        say("trained", f"* {trained:,} of {total:,} parameters ({trained / total:.2%}){only}")
         say("head", f"{head} (by the configuration; the weights decide when they are loaded)")
+        memory = 4 * total + 12 * trained
         size = f"{memory / 1e9:,.1f} GB" if memory > 1e9 else f"{memory / 1e6:,.1f} MB"
-        say("memory", f"{size} and activations (computed: 4 bytes per parameter in fp32, 12 more where it is trained)")
+        how = "computed: 4 bytes per parameter in fp32, 12 more where it is trained"
+        say("memory", f"{size} and activations ({how})")
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--model_name_or_path", required=True, help="Directory or hub name of the model.")
-    parser.add_argument("--train", help="last_layer, last_block, input_output, new_tokens, or a regular expression.")
-    parser.add_argument("--trust_remote_code", choices=("true", "false"), default="false",
-                        help="Run code from the model's repository. Only if you have read it.")  # fmt: skip
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="Directory or hub name of the model.")
+    add(
+        "--train", help="last_layer, last_block, input_output, new_tokens, or a regular expression."
+    )
+    remote = "Run code from the model's repository. Only if you have read it."
+    add("--trust_remote_code", choices=("true", "false"), default="false", help=remote)
     return parser.parse_args(argv)
 
 
@@ -60,12 +70,12 @@ def load_outline(args):
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **trusted)
     except (OSError, ValueError) as error:
-        return fail(f"--model_name_or_path {args.model_name_or_path} is no causal language model here, nor could it be "
-                    f"fetched: {error}"[:400])  # fmt: skip
+        problem = "is no causal language model here, nor could it be fetched"
+        return fail(f"--model_name_or_path {args.model_name_or_path} {problem}: {error}")
 
 
 def list_tensors(model, chosen, total):
-    """Return the table's rows: mark, name, module, tensors, shape, dtype, parameters, share (a tied head has none)."""
+    """Return the table's rows: mark, name, module, tensors, shape, dtype, parameters, share."""
     groups, seen = {}, {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         before, number, after = re.fullmatch(r"(.*?)((?<=\.)\d+(?=\.)|$)(.*)", name).groups()
@@ -77,99 +87,111 @@ def list_tensors(model, chosen, total):
     rows = []
     for (before, after, kind, shape, dtype, trained, tied_to), numbers in groups.items():
         size = len(numbers) * shape.numel()
-        row = ["*" if trained else "", before + ranges(numbers) + after, kind, str(len(numbers)),
-               " x ".join(map(str, shape)), str(dtype).removeprefix("torch.")]  # fmt: skip
-        rows.append([*row, *(["", f"is {tied_to}"] if tied_to else [f"{size:,}", f"{size / total:.2%}"])])
+        row = ["*" if trained else "", before + ranges(numbers) + after, kind, str(len(numbers))]
+        row += [" x ".join(map(str, shape)), str(dtype).removeprefix("torch.")]
+        row += ["", f"is {tied_to}"] if tied_to else [f"{size:,}", f"{size / total:.2%}"]
+        rows.append(row)
     return rows
 
 
 def ranges(numbers):
     """Numbers of blocks in short, like 0-3,7; nothing for what stands outside the blocks (-1)."""
     runs = []
-    for number in sorted(numbers):
+    for number in sorted(number for number in numbers if number >= 0):
         if runs and runs[-1][1] == number - 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs if first >= 0)
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
 
 
 def print_table(rows):
-    rows = [["", "name", "module", "tensors", "shape", "dtype", "parameters", "share"], *rows]
+    rows = [
+        [" ", "name", "module", "tensors", "shape", "dtype", "parameters", "share"],
+        *rows,
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(7)]
     for row in rows:
-        numbers = [row[3].rjust(widths[3]), row[4].rjust(widths[4])]
-        words = [row[0].ljust(1), row[1].ljust(widths[1]), row[2].ljust(widths[2]), *numbers, row[5].ljust(widths[5])]
-        print("  ".join([*words, row[6].rjust(widths[6]), row[7].rjust(7)]).rstrip())
+        words = [cell.ljust(width) for cell, width in zip(row[:7], widths, strict=True)]
+        for column in (3, 4, 6):  # numbers stand to the right
+            words[column] = row[column].rjust(widths[column])
+        print("  ".join([*words, row[7].rjust(7)]).rstrip())
 
 
 # Copied from finetune_lastlayer/finetune_lastlayer.py
 def choose_parameters(model, train):
-    """Return the names of the parameters that --train means; a tied head counts under both of its names."""
+    """The names of the parameters that --train means; a tied head counts under both its names."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    where = {end: name for name, module in model.named_modules() for end in ends if module is ends[end]}
-    parts = {"last_layer": [where["head"]], "input_output": [*where.values()], "new_tokens": [*where.values()]}
+    modules = {module: name for name, module in model.named_modules()}
+    head = modules[model.get_output_embeddings()]
+    embedding = modules[model.get_input_embeddings()]
+    parts = {"last_layer": [head], "input_output": [embedding, head]}
+    parts["new_tokens"] = parts["input_output"]
     if train == "last_block":
-        parts[train] = [where["head"], *last_block(model)]
+        parts["last_block"] = [head, *last_block(model)]
     if train in parts:
-        return [name for name in names if name.startswith(tuple(f"{part}." for part in parts[train]))]
+        starts = tuple(f"{part}." for part in parts[train])
+        return [name for name in names if name.startswith(starts)]
     try:
         chosen = [name for name in names if re.search(train, name)]
     except re.error as error:
-        fail(f"--train {train} is no regular expression ({error}). Type \\. for a dot, .* for anything.")
-    if not chosen:
-        fail(f"--train {train} is in no parameter's name, so nothing would be trained. It is last_layer, last_block, "
-             f"input_output, new_tokens, or a regular expression for names like {', '.join([*names[:3], names[-1]])}; "
-             "show_model.py lists them all.")  # fmt: skip
+        fail(f"--train {train} is no regular expression ({error}). Type \\. for a dot.")
+    known = "last_layer, last_block, input_output, new_tokens or a regular expression for names"
+    like = f"{names[0]} or {names[-1]}"
+    check(chosen, f"--train {train} is in no parameter's name. Give {known} like {like}.")
     return chosen
 
 
 # Copied from finetune_lastlayer/finetune_lastlayer.py
 def last_block(model):
     """The names of the last block and of what comes behind the blocks, which is the final norm."""
+    number = model.config.num_hidden_layers
     for name, blocks in model.named_modules():
-        if isinstance(blocks, torch.nn.ModuleList) and len(blocks) == model.config.num_hidden_layers:
+        if isinstance(blocks, torch.nn.ModuleList) and len(blocks) == number:
             parent, _, own = name.rpartition(".")
             children = [child for child, _ in model.get_submodule(parent).named_children()]
             behind = children[children.index(own) + 1 :]
-            return [f"{name}.{len(blocks) - 1}", *(f"{parent}.{child}" for child in behind)]
-    return fail(f"{type(model).__name__} has no list of its blocks. Give --train a regular expression instead.")
+            return [f"{name}.{number - 1}", *(f"{parent}.{child}" for child in behind)]
+    return fail(f"{type(model).__name__} has no list of blocks: give --train a regular expression.")
 
 
 # Copied from finetune_lastlayer/finetune_lastlayer.py
 def untie(model, chosen):
-    """Give the head weights of its own where one end of tied embeddings is trained alone; return what to say of it.
+    """Give the head its own weights where one end of tied embeddings is trained; say what is so.
 
-    It takes both copy and configuration: without the copy the saved head would come back random, without the
-    configuration other programs would tie it again.
+    It takes copy and configuration: without the copy the saved head would come back random,
+    without the configuration other programs would tie it again.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is not embedding.weight:
         return "has weights of its own"
-    ends = {m: f"{name}.weight" in chosen for name, m in model.named_modules() if m in (head, embedding)}
-    if ends[head] == ends[embedding]:
-        return f"tied to the input embeddings, and stays so: {'both are' if ends[head] else 'neither is'} trained"
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    if (names[head] in chosen) == (names[embedding] in chosen):
+        return "tied, and stays so: both ends are trained, or neither"
     model.config.tie_word_embeddings = False
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    return (f"was tied to the input embeddings; untied, {head.weight.numel():,} parameters more, so that the "
-            f"{'input' if ends[head] else 'output'} stays as it is")  # fmt: skip
+    return f"was tied; untied, {head.weight.numel():,} parameters more: one end stays as it is"
+
+
+# Copied from finetune_full/finetune_full.py
+def check(condition, message):
+    if not condition:
+        fail(message)
 
 
 # Copied from finetune_full/finetune_full.py
 def fail(message, every_rank=False):
-    """Print one line on stderr and leave with exit code 2; of several ranks only the first speaks."""
-    if every_rank or int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    """One line on stderr and exit code 2; of several ranks the first one speaks."""
+    if every_rank or os.environ.get("RANK", "0") == "0":
+        print("error:", " ".join(str(message).split())[:600], file=sys.stderr, flush=True)
     else:
-        time.sleep(3)  # torchrun ends all ranks when one leaves: let the first one speak
+        time.sleep(3)  # torchrun ends all ranks when one leaves
     raise SystemExit(2)
 
 
 # Copied from finetune_full/finetune_full.py
 def say(name, text):
-    """One line of the report that the first rank prints."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(f"{name:<11}{text}", flush=True)
 
 

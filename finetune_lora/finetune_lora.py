@@ -3,12 +3,9 @@
 
 Learns plain text (`text`) or answers only (`prompt`+`completion`, `instruction`+`output`,
 `messages`). The frozen base takes 2 bytes per parameter (4 on a CPU, 1 in 8 bit, about 0.5 in
-4 bit), the adapter 16 bytes for each of its own, often below 1 % of the model's; activations
-come on top. The result is the adapter: generate_text.py answers with it, merge_lora.py makes a
-plain model of it.
+4 bit), the adapter 16 for each of its own, often below 1 % of the model's, besides activations.
 
 By hand       python finetune_lora.py --model_name_or_path MODEL --train_file train.jsonl
-QLoRA         python finetune_lora.py ... --load_in_4bit true
 Head alone    ... --lora_target_modules none --modules_to_save lm_head --load_in_8bit true
 Several GPUs  torchrun --standalone --nproc_per_node 8 finetune_lora.py ...
 As a job      qsub -P GROUP job.sh
@@ -20,14 +17,13 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import distributions
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -37,7 +33,7 @@ import transformers
 import yaml
 from datasets import Dataset, Features, List, Value
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_count
@@ -57,21 +53,15 @@ class ScriptArguments:
     precision: str = HfArg(default="auto", help="auto (what the GPU has), bf16, fp16 or fp32.")
     attn_implementation: str | None = HfArg(default=None, help="eager, sdpa, flash_attention_2.")
     early_stopping_patience: int | None = HfArg(default=None, help="Saves without a lower loss.")
+    trust_remote_code: bool = HfArg(default=False, help="Run the repository's code. Read it first.")
     lora_r: int = HfArg(default=16, help="Rank: capacity and memory grow with it.")
     lora_alpha: float = HfArg(default=32, help="What the adapter adds is scaled by alpha / r.")
-    lora_dropout: float = HfArg(
-        default=0.0, help="Share of its inputs left out; 0.05 for few data."
-    )
+    lora_dropout: float = HfArg(default=0.0, help="Share of inputs left out; 0.05 for few data.")
     lora_target_modules: str = HfArg(default="all-linear", help="all-linear, NAME,NAME or none.")
     modules_to_save: str | None = HfArg(default=None, help="NAME,NAME of modules to train whole.")
-    new_tokens: str | None = HfArg(
-        default=None, help='"<a>,<b>": train these rows (add_tokens.py).'
-    )
-    load_in_8bit: bool = HfArg(
-        default=False, help="Base in 8 bit: half of 16 bit's memory, slower."
-    )
+    new_tokens: str | None = HfArg(default=None, help='"<a>,<b>": train their rows, too.')
+    load_in_8bit: bool = HfArg(default=False, help="Base in 8 bit: half of 16 bit's memory.")
     load_in_4bit: bool = HfArg(default=False, help="Base in 4 bit (QLoRA): a quarter, slower.")
-    trust_remote_code: bool = HfArg(default=False, help="Run the repository's code. Read it first.")
 
 
 # Where we start from other values than Trainer; the command line wins.
@@ -96,13 +86,12 @@ CHAT_TEMPLATE = r"""
     {{- '### 応答:\n' }}
 {%- endif %}
 """
+IDS, NUMBER, TEXT = List(Value("int32")), Value("int32"), Value("string")
+COLUMNS = Features(input_ids=IDS, labels=IDS, length=NUMBER, form=TEXT, outcome=TEXT)
 
 
 def format_row(row, tokenizer):
-    """Return (form, pieces) of a row; pieces are [(text, learned)], the loss is on those learned.
-
-    Pieces are tokenized apart, so that a prompt has the same ids in generation.
-    """
+    """Return (form, pieces) of a row; pieces are [(text, learned)]: learned ones carry the loss."""
     eos = (tokenizer.eos_token, True)
     if isinstance(row.get("messages"), list):
         return "messages", chat_pieces(row["messages"], tokenizer)
@@ -134,15 +123,15 @@ def chat_pieces(messages, tokenizer):
     pieces, done, render = [], "", tokenizer.apply_chat_template
     for number, message in enumerate(messages):
         role, content = texts(message, "role", "content")
-        if role != "assistant":
-            continue
-        before = render(messages[:number], tokenize=False, add_generation_prompt=True)
-        after = render(messages[: number + 1], tokenize=False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise ValueError("the chat template rewrites earlier turns: give each answer a row.")
-        pieces.append((before[len(done) :], False))
-        pieces.append((after[len(before) :], content != ""))
-        done = after
+        if role == "assistant":
+            before = render(messages[:number], tokenize=False, add_generation_prompt=True)
+            after = render(messages[: number + 1], tokenize=False)
+            if not (before.startswith(done) and after.startswith(before)):
+                raise ValueError(
+                    "the chat template rewrites earlier turns: give each answer a row."
+                )
+            pieces += [(before[len(done) :], False), (after[len(before) :], content != "")]
+            done = after
     return pieces
 
 
@@ -154,6 +143,7 @@ def leading_ids(tokenizer):
 
 def encode(pieces, tokenizer):
     """Return (ids, labels) of pieces, with BOS once in front where the tokenizer adds it."""
+    # Each piece is tokenized apart, so that a prompt has the same ids in generation.
     ids, labels, first = [], [], leading_ids(tokenizer)
     for text, learned in pieces:
         new = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -162,11 +152,6 @@ def encode(pieces, tokenizer):
         ids += new
         labels += new if learned else [-100] * len(new)
     return ids, labels
-
-
-FILLER = {"input_ids": [0], "labels": [-100], "length": 0}  # an example that teaches nothing
-IDS, NUMBER, TEXT = List(Value("int32")), Value("int32"), Value("string")
-COLUMNS = {"input_ids": IDS, "labels": IDS, "length": NUMBER, "form": TEXT, "outcome": TEXT}
 
 
 def make_examples(source, tokenizer, max_length):
@@ -178,9 +163,8 @@ def make_examples(source, tokenizer, max_length):
             ids, labels = encode(pieces, tokenizer)
         except (ValueError, TypeError, TemplateError) as error:
             fail(f"{place}: {error}")
-        if form is None and found in ("messages", "instruction"):
-            is_ended = turn_end_id(tokenizer) is not None
-            check(is_ended, "the chat template ends answers with no special token to stop at.")
+        if not form and found in ("messages", "instruction") and turn_end_id(tokenizer) is None:
+            fail("the chat template ends answers with no special token to stop at.")
         form = form or found
         check(found == form, f"{place}: a row of another form ({found}) than before ({form}).")
         # Nothing is learned from an EOS behind an empty answer, nor without a label.
@@ -195,28 +179,6 @@ def make_examples(source, tokenizer, max_length):
     check(form, f"{source} has no rows.")
 
 
-def load_examples(name, source, files, tokenizer, max_length, multiple):
-    """Return a Dataset of input_ids, labels and length; nothing is dropped in silence."""
-    arguments = {"source": source, "tokenizer": tokenizer, "max_length": max_length}
-    # The cache must notice other contents, another tokenizer or template, and an edit above.
-    key = [files, Path(__file__).read_text("utf-8"), arguments]
-    key = datasets.fingerprint.Hasher.hash(key)
-    data = Dataset.from_generator(
-        make_examples, Features(COLUMNS), gen_kwargs=arguments, fingerprint=key
-    )
-    outcomes = list(data["outcome"])
-    kept = data.select([i for i, outcome in enumerate(outcomes) if outcome != "dropped"])
-    check(len(kept), f"{name}: nothing to learn from, no answer within {max_length} tokens.")
-    report = f"{len(kept):,} examples, {sum(kept['length']):,} tokens"
-    cut, lost = outcomes.count("cut"), outcomes.count("dropped")
-    say(name, f"{report}; {cut:,} cut at {max_length} tokens, {lost:,} dropped (no answer left)")
-    kept, missing = kept.select_columns([*FILLER]), -len(kept) % multiple
-    if missing:  # up to what all ranks take at once: Trainer would let some rows count twice
-        fillers = Dataset.from_list([FILLER] * missing, kept.features)
-        kept = datasets.concatenate_datasets([kept, fillers])
-    return kept
-
-
 def load_data(script, training, tokenizer, max_length, files):
     """Return Trainer's data sets; one process per node prepares them, the others wait."""
     sources, sets = {"train": script.train_file, "validation": script.validation_file}, {}
@@ -224,30 +186,40 @@ def load_data(script, training, tokenizer, max_length, files):
     with training.main_process_first():
         if script.dataset_name:
             hub = datasets.load_dataset(script.dataset_name, script.dataset_config_name)
-            sources = {name: sources[name] or [hub[name]] for name in sources if name in hub}
+            sources |= {name: [hub[name]] for name in sources if name in hub and not sources[name]}
         for name, source in sources.items():
-            if source:
-                multiple = rows[name] * training.world_size
-                sets[name] = load_examples(name, source, files, tokenizer, max_length, multiple)
+            if not source:
+                continue
+            args = {"source": source, "tokenizer": tokenizer, "max_length": max_length}
+            # The cache must notice other contents, another tokenizer or template, an edit above.
+            key = datasets.fingerprint.Hasher.hash([files, Path(__file__).read_bytes(), args])
+            data = Dataset.from_generator(make_examples, COLUMNS, gen_kwargs=args, fingerprint=key)
+            outcomes = list(data["outcome"])
+            data = data.select([i for i, how in enumerate(outcomes) if how != "dropped"])
+            check(len(data), f"{name}: nothing to learn from within {max_length} tokens.")
+            cut, lost = outcomes.count("cut"), outcomes.count("dropped")
+            counts = f"{len(data):,} examples, {sum(data['length']):,} tokens; {cut:,} cut"
+            say(name, f"{counts} at {max_length} tokens, {lost:,} dropped (no answer left)")
+            # Up to what all ranks take at once: Trainer would let some rows count twice.
+            gap = -len(data) % (rows[name] * training.world_size)
+            empty = {"input_ids": [[0]] * gap, "labels": [[-100]] * gap, "length": [0] * gap}
+            data = data.select_columns([*empty])
+            empty = Dataset.from_dict(empty, data.features)
+            sets[name] = datasets.concatenate_datasets([data, empty])
     return {"train_dataset": sets["train"], "eval_dataset": sets.get("validation")}
 
 
 def collate(examples):
-    """Right-padded batch without attention mask: causal attention never looks right.
-
-    Logits only where the next token is learned: `logits_to_keep` (rows x tokens, bool).
-    """
-    width = max(len(example["input_ids"]) for example in examples)
-    input_ids = torch.zeros(len(examples), width, dtype=torch.long)
-    next_ids = torch.full((len(examples), width), -100)
-    for row, example in enumerate(examples):
-        length = len(example["input_ids"])
-        input_ids[row, :length] = torch.tensor(example["input_ids"])
-        next_ids[row, : length - 1] = torch.tensor(example["labels"][1:])
+    """Right-padded batch without attention mask: causal attention never looks right."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = [torch.tensor(example["input_ids"]) for example in examples]
+    next_ids = [torch.tensor([*example["labels"][1:], -100]) for example in examples]
+    next_ids = pad(next_ids, batch_first=True, padding_value=-100)
     learned, tokens = next_ids != -100, sum(example["length"] for example in examples)
-    batch = {"input_ids": input_ids, "labels": next_ids, "logits_to_keep": learned}
-    batch |= {"shift_labels": next_ids[learned], "num_tokens": torch.tensor(tokens)}
-    return {**batch, "use_cache": False}  # said here: the model's configuration is saved
+    batch = {"input_ids": pad(ids, batch_first=True), "labels": next_ids}
+    # Logits only where the next token is learned; no cache, but the saved configuration allows it.
+    batch |= {"logits_to_keep": learned, "shift_labels": next_ids[learned], "use_cache": False}
+    return {**batch, "num_tokens": torch.tensor(tokens)}
 
 
 # ---- 3. Model: what is trained ----
@@ -258,112 +230,130 @@ OUT_OF_MEMORY = """GPU memory is full. Try, in this order: --per_device_train_ba
 
 
 def load_model(script, training, tokenizer, resume):
-    """The frozen base, and on it the adapter, trained in fp32."""
+    """The base, in the precision that is computed in or quantised, and the adapter on it."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    options = {"dtype": dtypes[script.precision]}
+    if script.load_in_8bit or script.load_in_4bit:
+        # The same layer, but the quantiser passes over subclasses.
+        transformers.models.falcon.modeling_falcon.FalconLinear = torch.nn.Linear
+        options["device_map"] = {"": str(training.device)}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_8bit=script.load_in_8bit,
+            load_in_4bit=script.load_in_4bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
+    model, info = AutoModelForCausalLM.from_pretrained(
+        script.model_name_or_path,
+        attn_implementation=script.attn_implementation,
+        trust_remote_code=script.trust_remote_code,
+        output_loading_info=True,
+        **options,
+    )
+    check_model(script, tokenizer, model, info)
+    return add_adapter(script, training, tokenizer, model)
+
+
+def add_adapter(script, training, tokenizer, model):
+    """Freeze the model and put on it what is trained, in fp32."""
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    base = load_base(script, training, tokenizer)
-    targets = "all-linear"
-    if script.lora_target_modules == "none":
-        targets = DUMMY_TARGET_MODULES  # matches no layer: what --modules_to_save names is all
-    elif script.lora_target_modules != "all-linear":
-        targets = check_names(base, "lora_target_modules", script.lora_target_modules)
+    check_base(script, model)
+    targets = script.lora_target_modules
+    if targets == "none":
+        targets = DUMMY_TARGET_MODULES  # matches no layer
+    elif targets != "all-linear":
+        targets = find_modules(model, "lora_target_modules", targets)
+    rows = tokenizer.convert_tokens_to_ids(split(script.new_tokens))
+    ends = [model.get_input_embeddings()]
+    if not model.config.tie_word_embeddings:
+        ends.append(model.get_output_embeddings())
+    ends = [name for name, module in model.named_modules() if module in ends]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=script.lora_r,
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
         target_modules=targets,
-        modules_to_save=check_names(base, "modules_to_save", script.modules_to_save),
-        trainable_token_indices=find_rows(base, tokenizer, script.new_tokens),
+        modules_to_save=find_modules(model, "modules_to_save", script.modules_to_save),
+        trainable_token_indices=dict.fromkeys(ends, rows) if rows else None,
     )
+    warnings.filterwarnings("ignore", module="peft|transformers")  # of what PEFT mends itself
     transformers.set_seed(training.seed)  # the adapter begins at random
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(base, config)
-    check_adapter(model)
+    model = get_peft_model(model, config)
     for parameter in model.parameters():
         if parameter.requires_grad:  # DeepSpeed wants one precision, and keeps fp32 copies itself
-            parameter.data = parameter.data.to(base.dtype if training.deepspeed else torch.float32)
+            parameter.data = parameter.data.to(model.dtype if training.deepspeed else torch.float32)
+    layers = model.base_model.targeted_module_names
+    names = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+    say("adapter", f"LoRA of rank {script.lora_r} on {len(layers)} layers ({names or 'none'})")
+    if script.modules_to_save:
+        say("whole", ", ".join(config.modules_to_save))
     return model
 
 
-def load_base(script, training, tokenizer):
-    """The base in the precision that is computed in, or quantised; refused where nothing is."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    bits = 8 if script.load_in_8bit else 4 if script.load_in_4bit else 0
-    options = {"trust_remote_code": script.trust_remote_code, "dtype": dtypes[script.precision]}
-    if bits:
-        # The same layer, but the quantiser passes over subclasses.
-        transformers.models.falcon.modeling_falcon.FalconLinear = torch.nn.Linear
-        options["device_map"] = {"": str(training.device)}
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_8bit=bits == 8,
-            load_in_4bit=bits == 4,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=options["dtype"],
-        )
-    name, attention = script.model_name_or_path, script.attn_implementation
-    model, info = AutoModelForCausalLM.from_pretrained(
-        name, attn_implementation=attention, output_loading_info=True, **options
-    )
+def find_modules(model, option, names):
+    """The full names of the modules that NAME,NAME means, by their name or the end of it."""
+    linear, fitting, found = (torch.nn.Linear, transformers.pytorch_utils.Conv1D), [], []
+    for name, module in model.named_modules():
+        weights = [*module.parameters()]
+        is_quantised = not all(weight.is_floating_point() for weight in weights)
+        if option == "lora_target_modules":
+            fits = isinstance(module, linear) and module is not model.get_output_embeddings()
+        else:
+            fits = name and weights and not is_quantised
+        if fits:
+            fitting.append(name)
+    ends = sorted({name.rpartition(".")[2] for name in fitting})
+    for end in split(names):
+        new = [name for name in fitting if f".{name}".endswith(f".{end}")]
+        check(new, f"--{option} {end}: it can be {', '.join(ends)}.")
+        found += new
+    inside = tuple(f"{name}." for name in found)
+    nested = [name for name in found if name.startswith(inside)]
+    check(not nested, f"--{option}: {', '.join(nested)} stands inside another one. Leave it out.")
+    return found or None
+
+
+def check_base(script, model):
+    """Say what the frozen base is; refuse one that takes its full memory after all."""
     quantised = [m for m in model.modules() if type(m).__module__ == "bitsandbytes.nn.modules"]
-    check(quantised or not bits, f"no layer was quantised: leave --load_in_{bits}bit out.")
+    bits = 8 if script.load_in_8bit else 4
+    is_full = not (quantised or script.load_in_8bit or script.load_in_4bit)
+    check(quantised or is_full, f"no layer was quantised: leave --load_in_{bits}bit out.")
     for layer in quantised:
         layer.support_avx512bf16_for_cpu = False  # or an evaluation on a CPU spoils the training
     # A file may hold a head of its own in spite of its configuration, as Falcon's does.
-    model.config.tie_word_embeddings = is_tied(model)
-    check_model(script, tokenizer, model, info)
-    if Path(name).is_dir():
-        model.name_or_path = str(Path(name).resolve())  # so that the adapter finds it from anywhere
-    kind = f"{len(quantised)} layers in {bits} bit, else" if bits else "frozen, in"
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    model.config.tie_word_embeddings = head.weight is embedding.weight
+    if Path(script.model_name_or_path).is_dir():  # so that the adapter finds it from anywhere
+        model.name_or_path = str(Path(script.model_name_or_path).resolve())
     memory = model.get_memory_footprint() / 2**20
-    say("base", f"{kind} {script.precision}; {memory:,.1f} MiB")
-    return model
+    kind = f"{len(quantised)} layers in {bits} bit, else " if quantised else ""
+    say("base", f"{kind}{script.precision}; frozen; {memory:,.1f} MiB")
 
 
-def is_tied(model):
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+# Copied from finetune_lastlayer/finetune_lastlayer.py
+def check_tokens(script, tokenizer, examples):
+    """Refuse --new_tokens that the tokenizer does not have, or that nothing would teach."""
+    if not script.new_tokens:
+        return
+    seen = {token for ids in examples["input_ids"] for token in ids}
+    for token in split(script.new_tokens):
+        row, problem = tokenizer.get_vocab().get(token), f"--new_tokens {token}:"
+        check(
+            row is not None,
+            f"{problem} no such token. ../finetune_lastlayer/add_tokens.py adds it.",
+        )
+        check(row in seen, f"{problem} it does not occur in the training data.")
+        say("row", f"{token} = {row}")
 
 
-def check_names(model, option, names):
-    """NAME,NAME as a list, each of which must be a module's name or the end of one; or None."""
-    modules = [name for name, module in model.named_modules() if [*module.parameters()]]
-    ends = sorted({name.rpartition(".")[2] for name in modules if not name[-1:].isdecimal()})
-    for name in split(names):
-        found = any(f".{module}".endswith(f".{name}") for module in modules)
-        check(found, f"--{option} {name}: this model has {', '.join(filter(None, ends))}.")
-    return split(names) or None
-
-
+# Copied from finetune_lastlayer/finetune_lastlayer.py
 def split(names):
     return [name.strip() for name in (names or "").split(",") if name.strip()]
-
-
-def find_rows(model, tokenizer, new_tokens):
-    """{embedding: ids} of tokens that the tokenizer has; the rows of both ends where not tied."""
-    vocabulary = tokenizer.get_vocab()
-    for token in split(new_tokens):
-        check(token in vocabulary, f"--new_tokens {token} is unknown. Type add_tokens.py first.")
-    ends = [model.get_input_embeddings()] + [model.get_output_embeddings()] * (not is_tied(model))
-    rows = [vocabulary[token] for token in split(new_tokens)]
-    return {name: rows for name, module in model.named_modules() if module in ends and rows} or None
-
-
-def check_adapter(model):
-    """What is trained whole must neither be quantised nor hold layers with LoRA; tell the rest."""
-    for name, module in model.named_modules():
-        is_taken = hasattr(module, "lora_A") or type(module).__module__ == "bitsandbytes.nn.modules"
-        where, inside, _ = f"{name}.".partition(".modules_to_save.")
-        problem = f"--modules_to_save: {where} has LoRA on it or is quantised"
-        check(not (is_taken and inside), f"{problem}. Name other --lora_target_modules, or none.")
-    layers = model.base_model.targeted_module_names
-    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "no layer"
-    config = model.peft_config["default"]
-    say("adapter", f"LoRA of rank {config.r} on {len(layers)} layers ({kinds})")
-    if config.modules_to_save or config.trainable_token_indices:
-        say("", f"whole: {config.modules_to_save}; rows: {config.trainable_token_indices}")
 
 
 def check_method(script, training):
@@ -371,17 +361,17 @@ def check_method(script, training):
     for name in ("lora_target_modules", "modules_to_save", "new_tokens"):
         value = getattr(script, name)
         check(value is None or split(value), f"--{name} names nothing. Give NAME,NAME.")
-    check(
-        script.lora_r > 0 and 0 < script.lora_alpha < math.inf, "--lora_r, --lora_alpha: above 0."
-    )
-    check(0 <= script.lora_dropout < 1, "--lora_dropout must be at least 0 and below 1.")
-    check(not (script.load_in_8bit and script.load_in_4bit), "--load_in_8bit or --load_in_4bit?")
-    quantised = script.load_in_8bit or script.load_in_4bit
+    good = script.lora_r > 0 and 0 < script.lora_alpha < math.inf and 0 <= script.lora_dropout < 1
+    check(good, "--lora_r, --lora_alpha: above 0; --lora_dropout: at least 0 and below 1.")
     trains = script.lora_target_modules != "none" or script.modules_to_save or script.new_tokens
     check(trains, "--lora_target_modules none trains nothing without --modules_to_save NAME.")
+    check(not (script.load_in_8bit and script.load_in_4bit), "--load_in_8bit or --load_in_4bit?")
+    quantised = script.load_in_8bit or script.load_in_4bit
+    for package in ["peft", "bitsandbytes"] if quantised else ["peft"]:
+        check(find_spec(package), f"a package is missing. Type: pip install {package}")
     if script.load_in_8bit and training.device.type == "cuda":
-        has_units = torch.cuda.get_device_capability() >= (7, 5)
-        check(has_units, "--load_in_8bit goes wrong on this GPU: use --load_in_4bit true or fp16.")
+        can = torch.cuda.get_device_capability() >= (7, 5)
+        check(can, "--load_in_8bit goes wrong on this GPU: use --load_in_4bit true, or fp16.")
     impossible = is_deepspeed_zero3_enabled() and (quantised or script.new_tokens)
     check(not impossible, "ZeRO-3 parts no quantised base and no new tokens. Use zero2.json.")
 
@@ -396,22 +386,20 @@ def main(argv=None):
         check_method(script, training)
         resume, run = find_run(script, training, given)
         tokenizer, max_length = load_tokenizer(script)
-        data = load_data(script, training, tokenizer, max_length)
+        data = load_data(script, training, tokenizer, max_length, run["data"])
+        check_tokens(script, tokenizer, data["train_dataset"])
         model = load_model(script, training, tokenizer, resume)
         trainer = FineTuner(model, training, collate, **data, processing_class=tokenizer)
     except (OSError, ValueError, RuntimeError, yaml.YAMLError) as error:
         fail(error)
-    progress = Progress()
-    trainer.add_callback(progress)
-    trainer.remove_callback(transformers.PrinterCallback)
     if script.early_stopping_patience is not None:
         trainer.add_callback(transformers.EarlyStoppingCallback(script.early_stopping_patience))
-    start(script, trainer, given, run, resume)
+    begin(script, trainer, given, run, resume)
     try:
         trainer.train(resume_from_checkpoint=resume)
     except torch.OutOfMemoryError:
         fail(OUT_OF_MEMORY, every_rank=True)
-    save_results(trainer, progress, run)
+    save_results(trainer, run)
     generate = "python ../generate_text/generate_text.py --model_name_or_path"
     say("next", f"{generate} {training.output_dir} --prompt TEXT")
     merge = f"python merge_lora.py --adapter_name_or_path {training.output_dir} --output_dir"
@@ -423,29 +411,25 @@ class EpochSampler(LengthGroupedSampler):
     """Trainer's order, but drawn from seed and epoch: the same on all ranks and after a resume."""
 
     def __iter__(self):
-        seed = self.seed + 1000 * int(self.state.epoch or 0)
-        self.generator = torch.Generator().manual_seed(seed)
+        args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.generator = torch.Generator().manual_seed(seed + 1000 * epoch)
         return super().__iter__()
 
 
 class FineTuner(Trainer):
     """Trainer whose losses are means over learned tokens, and that removes only its own files."""
 
-    sums, tokens_seen, first_step = 0, 0, None
+    sums, tokens_seen, first_step = 0, 0, 0
 
     def _get_train_sampler(self, train_dataset=None):
-        args = self.args
-        if args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        rows = args.train_batch_size * args.gradient_accumulation_steps
-        sampler = EpochSampler(rows, lengths=list(self.train_dataset["length"]))
-        sampler.seed = args.seed if args.data_seed is None else args.data_seed
-        sampler.state = self.state
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler = EpochSampler(sampler.batch_size, lengths=list(sampler.lengths))
+            sampler.trainer = self
         return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.first_step is None:
-            self.first_step = self.state.global_step
         tokens, learned = inputs.pop("num_tokens"), inputs["shift_labels"].numel()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         summed = loss.detach().double() * num_items_in_batch / self.args.world_size
@@ -454,38 +438,29 @@ class FineTuner(Trainer):
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         # What is summed up must not reach into an evaluation, nor be lost to a resume.
-        is_last = self.state.global_step >= self.state.max_steps
-        self.control.should_log |= (
-            self.control.should_save or self.control.should_evaluate or is_last
-        )
+        control, is_last = self.control, self.state.global_step >= self.state.max_steps
+        control.should_log |= control.should_save or control.should_evaluate or is_last
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs, start_time=None):
         """Losses as means over tokens, not over batches; a line for each: `grep '^step'`."""
         for name in {"loss", "eval_loss"} & set(logs):
             loss, learned, tokens = self.accelerator.reduce(self.sums, "sum").tolist()
-            logs.update({name: loss / learned, "num_learned": learned, "num_tokens": tokens})
-            self.sums = 0
-            self.report(name, logs)
+            loss, self.sums = loss / learned, 0
+            logs.update({name: loss, "num_learned": learned, "num_tokens": tokens})
+            done, total, now = self.state.global_step, self.state.max_steps, time.time()
+            check(math.isfinite(loss), f"the loss is {loss} at step {done}. Lower --learning_rate.")
+            text = f"step {done}/{total}  loss {loss:.4f}"
+            if name == "eval_loss":
+                logs["eval_perplexity"] = math.exp(min(loss, 700))
+                say("eval", f"{text}  perplexity {logs['eval_perplexity']:.2f}")
+                continue
+            lr, grad, speed = logs["learning_rate"], logs["grad_norm"], tokens / (now - self.last)
+            text += f"  lr {lr:.2e}  grad {grad:.3f}  {speed:,.0f} tok/s  {peak_memory():.2f} GiB"
+            left = int((total - done) * (now - self.began) / (done - self.first_step))
+            say(text, f"  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+            self.last, self.tokens_seen = now, self.tokens_seen + tokens
         super().log(logs, start_time)
-
-    def report(self, name, logs):
-        done, total, loss = self.state.global_step, self.state.max_steps, logs[name]
-        check(math.isfinite(loss), f"the loss is {loss} at step {done}. Lower --learning_rate.")
-        text, now = f"step {done}/{total}  loss {loss:.4f}", time.time()
-        if name == "eval_loss":
-            say("eval", f"{text}  perplexity {math.exp(min(loss, 700)):.2f}")
-            return
-        left = int((total - done) * (now - self.began) / (done - self.first_step))
-        speed = logs["num_tokens"] / (now - self.last)
-        text += (
-            f"  lr {logs['learning_rate']:.2e}  grad {logs['grad_norm']:.3f}  {speed:,.0f} tok/s"
-        )
-        text += (
-            f"  {peak_memory():.2f} GiB  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        )
-        say(text, "")
-        self.last, self.tokens_seen = now, self.tokens_seen + logs["num_tokens"]
 
     def _load_best_model(self):
         if self.is_deepspeed_enabled or hasattr(self.model, "peft_config"):
@@ -501,9 +476,8 @@ class FineTuner(Trainer):
             (directory / "run_id").write_text(self.run_id)
             self.model.generation_config.save_pretrained(directory)  # an adapter has none else
         super().save_model(output_dir, _internal_call)
-        os.umask(mask := os.umask(0))
         for path in directory.glob("*.safetensors") if self.args.should_save else ():
-            path.chmod(0o666 & ~mask)  # safetensors writes for the owner only
+            path.chmod((directory / "run_id").stat().st_mode)  # it writes for the owner only
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
@@ -545,7 +519,6 @@ def parse(argv):
     both = (ScriptArguments, TrainingArguments)
     parser = transformers.HfArgumentParser(both, description=__doc__, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
-    defaults = vars(parser.parse_args(["--model_name_or_path", ""]))
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].lower().endswith((".yaml", ".yml", ".json")):
         settings = yaml.safe_load(Path(words.pop(0)).expanduser().read_text("utf-8"))
@@ -553,37 +526,22 @@ def parse(argv):
         settings.pop("run", None)  # what run_args.yaml tells besides
         for name, value in reversed(settings.items()):
             values = value if isinstance(value, list) else [value]
-            values = [v if isinstance(v, str) else json.dumps(v) for v in values]
-            words[:0] = [f"--{name}", *values]
+            words[:0] = [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
     for number, word in enumerate(words):
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         check(name not in GONE, f"{name} is gone: {GONE.get(name)}.")
         words[number] = name + equals + os.path.expanduser(value)  # noqa: PTH111 -- any word
     values = vars(parser.parse_args(words))
+    defaults = vars(parser.parse_args(["--model_name_or_path", ""]))
     given = {name: value for name, value in values.items() if value != defaults[name]}
-    reason = choose_precision(values)
-    # A batch log wants lines, not a redrawn bar; the collator chooses the columns.
-    values.update(disable_tqdm=True, remove_unused_columns=False)
-    if values["early_stopping_patience"] is not None:
-        check(values["save_strategy"] != "no", "--early_stopping_patience needs --save_strategy.")
-        values.update(eval_strategy=values["save_strategy"], eval_steps=values["save_steps"])
-        values.update(load_best_model_at_end=True, metric_for_best_model="loss")
-    script, training = parser.parse_dict(values)
-    # Trainer would remove other people's checkpoints too: FineTuner does it instead.
-    script.reason, script.keep, training.save_total_limit = reason, training.save_total_limit, None
-    return script, training, given
-
-
-def choose_precision(values):
-    """Set Trainer's bf16, fp16 and use_cpu as --precision and this machine say; return why."""
     asked = {name for name in ("bf16", "fp16") if values[name]} | {values["precision"]} - {"auto"}
     known = asked <= {"bf16", "fp16", "fp32"} and len(asked) < 2
     check(known, "--precision is auto, bf16, fp16 or fp32, and must not contradict --bf16, --fp16.")
-    best, reason, impossible = "fp32", "no GPU in use", {"fp16"}
+    best, reason, impossible = "fp32", "no GPU in use", "fp16"
     if torch.cuda.is_available() and not values["use_cpu"]:
-        has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
-        best, impossible = ("bf16", set()) if has_bf16 else ("fp16", {"bf16"})
-        reason = "compute capability {}.{}".format(*torch.cuda.get_device_capability())
+        capability = torch.cuda.get_device_capability()
+        best, impossible = ("bf16", None) if capability >= (8, 0) else ("fp16", "bf16")
+        reason = "compute capability {}.{}".format(*capability)
     else:
         driver = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
         problem = f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not see the GPU"
@@ -591,9 +549,16 @@ def choose_precision(values):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess and warn
         values["use_cpu"] |= not values["deepspeed"]  # or Trainer takes several processes for one
     values["precision"] = precision = min(asked, default=best)
-    check(precision not in impossible, f"--precision {precision} does not work here: {reason}.")
-    values.update(bf16=precision == "bf16", fp16=precision == "fp16")
-    return reason
+    check(precision != impossible, f"--precision {precision} does not work here: {reason}.")
+    values.update(bf16=precision == "bf16", fp16=precision == "fp16", remove_unused_columns=False)
+    values.update(disable_tqdm=True, save_total_limit=None)  # FineTuner removes old checkpoints
+    if values["early_stopping_patience"] is not None:
+        check(values["save_strategy"] != "no", "--early_stopping_patience needs --save_strategy.")
+        values.update(eval_strategy=values["save_strategy"], eval_steps=values["save_steps"])
+        values.update(load_best_model_at_end=True, metric_for_best_model="loss")
+    script, training = parser.parse_dict(values)
+    script.reason, script.keep = reason, max(0, given.get("save_total_limit", 0))
+    return script, training, given
 
 
 def check_arguments(script, training):
@@ -602,37 +567,31 @@ def check_arguments(script, training):
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     model, output_dir = Path(script.model_name_or_path), Path(training.output_dir).resolve()
-    is_name = not model.exists() and len(model.parts) < 3 and not model.is_absolute()
+    is_name = not model.is_absolute() and len(model.parts) < 3
     check(model.exists() or is_name, f"--model_name_or_path {model} is not here, nor a hub name.")
-    inside = model.resolve().parent == output_dir and model.name.startswith("checkpoint-")
-    check(
-        not inside and model.resolve() != output_dir, "--output_dir holds the model to start from."
-    )
+    is_inside = model.resolve() in [output_dir, *output_dir.glob("checkpoint-*")]
+    check(not is_inside, "--output_dir holds the model to start from. Choose another --output_dir.")
     is_hub = script.dataset_name is not None
     check(is_hub != bool(script.train_file), "give one of --train_file and --dataset_name.")
-    rows = training.train_batch_size, training.eval_batch_size, training.gradient_accumulation_steps
-    check(min(rows) > 0, "batch sizes and --gradient_accumulation_steps must be 1 or more.")
     is_evaluated = is_hub or script.validation_file or training.eval_strategy == "no"
     check(is_evaluated, "an evaluation needs --validation_file.")
+    rows = training.train_batch_size, training.eval_batch_size, training.gradient_accumulation_steps
+    check(min(rows) > 0, "batch sizes and --gradient_accumulation_steps must be 1 or more.")
     check(not training.label_smoothing_factor, "--label_smoothing_factor does not work here.")
     check(training.n_gpu < 2, f"type torchrun --standalone --nproc_per_node {training.n_gpu} ...")
     launched = os.environ.get("WORLD_SIZE") == str(training.world_size) or not training.deepspeed
     check(launched, "--deepspeed needs a launcher: torchrun --standalone --nproc_per_node 1 ...")
-    if not is_deepspeed_zero3_enabled():
-        return
-    option = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-    gathers = training.hf_deepspeed_config.get_value(option)
-    check(gathers, f"ZeRO-3 would save no model. Set {option} in {training.deepspeed}.")
-    from deepspeed.zero import GatheredParameters
+    if is_deepspeed_zero3_enabled():
+        option = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        gathers = training.hf_deepspeed_config.get_value(option)
+        check(gathers, f"ZeRO-3 would save no model. Set {option} in {training.deepspeed}.")
+        from deepspeed.runtime.zero import GatheredParameters
 
-    # transformers compares emptied tensors and would tie, that is lose, a head of its own.
-    plain = transformers.modeling_utils._tied_params_are_equal
+        def equal(one, other):  # transformers compares emptied tensors, and ties heads that differ
+            with GatheredParameters([one, other]):
+                return torch.equal(one, other)
 
-    def equal(one, other):
-        with GatheredParameters([one, other]):
-            return plain(one, other)
-
-    transformers.modeling_utils._tied_params_are_equal = equal
+        transformers.modeling_utils._tied_params_are_equal = equal
 
 
 def read_rows(source):
@@ -660,15 +619,14 @@ def read_rows(source):
             fail(f"{place}: {error}")
 
 
-def find_checkpoints(output_dir, run_id=""):
+def find_checkpoints(output_dir, run_id=None):
     """checkpoint-<digits> in order, of a run those with its mark; other names are ignored."""
-    found = {}
-    for path in Path(output_dir).glob("checkpoint-*"):
-        mark, step = path / "run_id", path.name.removeprefix("checkpoint-")
-        is_marked = mark.is_file() and not path.is_symlink() and mark.read_text("utf-8") == run_id
-        if step.isdecimal() and (is_marked or not run_id):
-            found[int(step)] = path
-    return [found[step] for step in sorted(found)]
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    found.sort(key=lambda path: int(path.name[11:]))
+    if run_id is None:
+        return found
+    marks = [path / "run_id" for path in found if not path.is_symlink()]
+    return [mark.parent for mark in marks if mark.is_file() and mark.read_text("utf-8") == run_id]
 
 
 def find_run(script, training, given):
@@ -676,10 +634,10 @@ def find_run(script, training, given):
     output_dir, wanted = Path(training.output_dir), str(training.resume_from_checkpoint or "true")
     output_dir.mkdir(parents=True, exist_ok=True)
     check(os.access(output_dir, os.W_OK), f"--output_dir {output_dir} cannot be written.")
+    advice = f"Choose another --output_dir than {output_dir}, or move what it holds."
     record, is_finished = output_dir / "run_args.yaml", (output_dir / "all_results.json").is_file()
     before = yaml.safe_load(record.read_text("utf-8")) if record.is_file() else {}
-    old = before.pop("run", {})
-    data = []
+    old, data = before.pop("run", {}), []
     for file in (script.train_file or []) + (script.validation_file or []):
         with Path(file).open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -687,17 +645,18 @@ def find_run(script, training, given):
     names = sorted({*before, *given} - {"resume_from_checkpoint", "ddp_timeout"})
     pairs = [(name, before.get(name), given.get(name)) for name in names]
     changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
-    changed += ["other data"] * (old.get("data", data) != data)
+    if old.get("data", data) != data:
+        changed.append("other data")
     checkpoints, resume = find_checkpoints(output_dir), None
     complete = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
-    advice = f"Choose another --output_dir than {output_dir}, or move what it holds."
     if wanted.lower() not in ("true", "false"):  # named by the user: other arguments are allowed
         resume, complete = Path(wanted), []
         check((resume / "trainer_state.json").is_file(), f"{resume} is no complete checkpoint.")
         is_same = not before or resume.resolve().parent == output_dir.resolve()
         check(is_same, f"it holds another run than the checkpoint's. {advice}")
     elif is_finished or complete:
-        changed += ["a new start"] * (wanted.lower() == "false")
+        if wanted.lower() == "false":
+            changed.append("a new start")
         check(not changed, f"it holds another run ({'; '.join(changed)}). {advice}")
         if is_finished:
             say("finished", f"{output_dir} holds this run's result")
@@ -709,20 +668,11 @@ def find_run(script, training, given):
     run = {"id": run_id or os.urandom(4).hex(), "data": data}
     ours = [*complete, *find_checkpoints(output_dir, run["id"])]
     others = [path.name for path in checkpoints if path not in ours]
-    models = [output_dir / name for name in ("config.json", "adapter_config.json")]
-    others += [path.name for path in models if path.exists() and not before]
+    if not before:
+        models = ("config.json", "adapter_config.json")
+        others += [name for name in models if (output_dir / name).exists()]
     check(not others, f"{', '.join(others)} would be overwritten. {advice}")
-    if resume:
-        add_no_step(training, resume)
     return resume and str(resume), run
-
-
-def add_no_step(training, checkpoint):
-    """Where training was at its end, Trainer would go one step further."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-    last = state["max_steps"] * math.ceil(training.num_train_epochs) / state["num_train_epochs"]
-    if state["global_step"] >= (training.max_steps if training.max_steps > 0 else last):
-        training.max_steps, training.num_train_epochs = -1, int(state["epoch"])
 
 
 def load_tokenizer(script):
@@ -732,12 +682,10 @@ def load_tokenizer(script):
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
     check_tokenizer(name, tokenizer, config.get_text_config().vocab_size)
     choose_chat_template(script.chat_template, tokenizer)
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    positions = next((getattr(config, n) for n in names if getattr(config, n, None)), 1024)
-    max_length = min(1024, positions) if script.max_length is None else script.max_length
-    fits = 2 <= max_length <= positions
-    check(fits, f"--max_length {max_length} does not fit the {positions} positions of this model.")
-    return tokenizer, max_length
+    limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 1024)
+    length = min(1024, limit) if script.max_length is None else script.max_length
+    check(2 <= length <= limit, f"--max_length {length} does not fit the {limit} positions.")
+    return tokenizer, length
 
 
 def choose_chat_template(name, tokenizer):
@@ -756,8 +704,8 @@ def turn_end_id(tokenizer):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     labels = encode(chat_pieces(turns, tokenizer), tokenizer)[1]
     # all_special_ids has only those with a role, such as eos_token; Gemma's <end_of_turn> has none.
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added.union(tokenizer.all_special_ids)
     return next((label for label in reversed(labels) if label in special), None)
 
 
@@ -777,8 +725,8 @@ def check_tokenizer(name, tokenizer, rows):
         sp = SentencePieceProcessor(model_file=model)  # compared on a text of its own pieces
         kinds = (sp.is_control, sp.is_byte, sp.is_unknown, sp.is_unused)
         ids = [i for i in range(sp.vocab_size()) if not any(kind(i) for kind in kinds)]
-        text = "".join(sp.id_to_piece(ids[:: len(ids) // 500 + 1])).replace("▁", " ")
-        text = f"あ{text}鬱😀  ＡＢ\nｱ"
+        pieces = "".join(sp.id_to_piece(ids[:: len(ids) // 500 + 1]))
+        text = "あ" + pieces.replace("▁", " ") + "鬱😀  ＡＢ\nｱ"
         if sp.encode(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
             faults.append(f"other ids than {Path(model).name} itself")
     if last >= rows:
@@ -796,9 +744,7 @@ def check_tokenizer(name, tokenizer, rows):
 def check_model(script, tokenizer, model, info):
     """Refuse a checkpoint that would train with random weights; set what its class leaves open."""
     missing = sorted(info["missing_keys"])[:3]
-    check(
-        not missing, f"{script.model_name_or_path} lacks weights, they would be random: {missing}"
-    )
+    check(not missing, f"{script.model_name_or_path} lacks weights: {missing} would be random.")
     model.loss_type = "ForCausalLM"  # gpt2 names none and divides by a wrong number of tokens
     ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
     model.generation_config.eos_token_id = sorted(ends)
@@ -809,10 +755,9 @@ def check_model(script, tokenizer, model, info):
 
 
 def peak_memory():
-    """Peak memory of this process in GiB: on its GPU where it has one, else on the host."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    """Peak memory in GiB: of this process's GPU where it uses one, else of the process."""
+    host = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    return torch.cuda.max_memory_allocated() / 2**30 or host
 
 
 def begin(script, trainer, given, run, resume):
@@ -822,12 +767,9 @@ def begin(script, trainer, given, run, resume):
         trained, total = model.get_nb_trainable_parameters()
     else:
         trained, total = (get_model_param_count(model, only) for only in (True, False))
+    counts = f"{total:,} parameters, {trained:,} of them trained ({trained / total:.2%})"
+    say("model", f"{script.model_name_or_path} ({model.config.model_type}), {counts}")
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
-    kind = f"{script.model_name_or_path} ({model.config.model_type})"
-    say(
-        "model",
-        f"{kind}, {total:,} parameters, {trained:,} of them trained ({trained / total:.2%})",
-    )
     say("device", f"{args.world_size} x {device}, {script.precision} ({script.reason})")
     say("attention", f"{model.config._attn_implementation}; no mask, rows right-padded")
     size, parts = args.train_batch_size * args.world_size, args.gradient_accumulation_steps
@@ -841,9 +783,19 @@ def begin(script, trainer, given, run, resume):
         text += f"[[{piece}]]" if learned else piece
     text = text if len(text) < 300 else f"{text[:100]} ... {text[-190:]}"
     say("example", text.replace("\n", "\\n") + "    ([[ ]] carries loss)")
+    if resume:
+        state = json.loads(Path(resume, "trainer_state.json").read_text("utf-8"))
+        trainer.first_step, epochs = state["global_step"], math.ceil(args.num_train_epochs)
+        last = state["max_steps"] * epochs / state["num_train_epochs"]
+        if trainer.first_step >= (args.max_steps if args.max_steps > 0 else last):
+            # Training was at its end: Trainer would go one step further.
+            args.max_steps, args.num_train_epochs = -1, int(state["epoch"])
     run |= {"trainable_parameters": trained, "total_parameters": total, "device": device}
-    run["versions"] = {d.name: d.version for d in distributions() if d.name in PACKAGES}
-    run |= {"hostname": platform.node(), "git_commit": git_commit()}
+    run["versions"] = {n: str(sys.modules[n].__version__) for n in PACKAGES if n in sys.modules}
+    git = "git describe --always --abbrev=40 --dirty --exclude '*'"  # no tags, the commit itself
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
+    run |= {"hostname": os.uname().nodename, "git_commit": done.stdout.strip() or None}
     trainer.run_id, trainer.keep = run["id"], script.keep
     trainer.began = trainer.last = time.time()
     trainer.remove_callback(transformers.PrinterCallback)
@@ -854,15 +806,6 @@ def begin(script, trainer, given, run, resume):
         Path(args.output_dir, "all_results.json").unlink(missing_ok=True)
 
 
-def git_commit():
-    """The commit of the checkout that this script stands in, if it does."""
-    git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--abbrev=40"]
-    if shutil.which("git") is None:
-        return None
-    done = subprocess.run([*git, "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip() or None
-
-
 def save_results(trainer, run):
     """Model, tokenizer, trainer_state.json; all_results.json last: it marks the run as finished."""
     trainer.save_model()
@@ -871,18 +814,14 @@ def save_results(trainer, run):
     if trainer.eval_dataset is not None and "eval_loss" not in evaluation:
         evaluation = trainer.evaluate()
     trainer.save_state()
-    seconds = time.time() - trainer.began
-    steps = [entry for entry in history if "loss" in entry]
+    seconds, steps = time.time() - trainer.began, [entry for entry in history if "loss" in entry]
     learned = sum(entry["num_learned"] for entry in steps)
     loss = sum(entry["loss"] * entry["num_learned"] for entry in steps) / learned
     speed, memory, count = trainer.tokens_seen / seconds, peak_memory(), trainer.state.global_step
     results = {**run, "train_loss": loss, "train_runtime": seconds, "steps": count}
     results |= {"train_tokens_per_second": speed, "peak_memory_gib": memory}
-    if "eval_loss" in evaluation:
-        results["eval_loss"] = evaluation["eval_loss"]
-        results["eval_perplexity"] = math.exp(min(evaluation["eval_loss"], 700))
-    if trainer.is_world_process_zero():
-        trainer.save_metrics("all", results, combined=False)
+    results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
+    trainer.save_metrics("all", results, combined=False)
     speed = f"{count:,} steps, {seconds:,.0f} s, {speed:,.0f} tok/s"
     say("done", f"loss {loss:.4f}, {speed}, peak {memory:.2f} GiB")
 
