@@ -181,6 +181,9 @@ def load_data(script, training, tokenizer, max_length, files):
     with training.main_process_first():
         if script.dataset_name:
             hub = datasets.load_dataset(script.dataset_name, script.dataset_config_name)
+            check(
+                "train" in hub, f"--dataset_name {script.dataset_name} has only {', '.join(hub)}."
+            )
             sources |= {name: [hub[name]] for name in sources if name in hub and not sources[name]}
         for name, source in sources.items():
             if not source:
@@ -378,7 +381,7 @@ def main(argv=None):
         check_tokens(script, tokenizer, data["train_dataset"])
         model = load_model(script, training, tokenizer, resume)
         trainer = FineTuner(model, training, collate, **data, processing_class=tokenizer)
-    except (OSError, ValueError, RuntimeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RuntimeError, TemplateError, yaml.YAMLError) as error:
         fail(error)
     if script.early_stopping_patience is not None:
         trainer.add_callback(transformers.EarlyStoppingCallback(script.early_stopping_patience))
@@ -680,7 +683,10 @@ def choose_chat_template(name, tokenizer):
     """Set the template named, or ours where the tokenizer has none, with BOS where it adds one."""
     if name is None and tokenizer.chat_template is not None:
         return
-    template = CHAT_TEMPLATE if name in (None, "alpaca") else Path(name).read_text("utf-8")
+    is_known = name in (None, "alpaca")
+    ours = "../chat_templates/dolly.jinja or rinna.jinja"
+    check(is_known or Path(name).is_file(), f"--chat_template {name} is no file; ours are {ours}.")
+    template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8")
     tokenizer.chat_template, first = template, leading_ids(tokenizer)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:

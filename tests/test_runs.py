@@ -195,6 +195,49 @@ def test_an_edited_copy_reads_anew(checkpoints, tmp_path, capsys):
     assert "問い：質問" in examples[2]
 
 
+def test_each_epoch_has_its_own_order(script, checkpoints, tmp_path):
+    """Rows are shuffled anew in each epoch, and the same seed gives the same orders."""
+    data, losses = write_jsonl(tmp_path / "t.jsonl", ROWS), {}
+    for name, more in {"one": [], "again": [], "seed": ["--data_seed", 3]}.items():
+        start(script, checkpoints["gpt2"], data, tmp_path / name, "--max_steps", 21, "--learning_rate", 0,
+              "--logging_steps", 1, "--per_device_train_batch_size", 1, "--save_strategy", "no", *more)  # fmt: skip
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        losses[name] = [entry["loss"] for entry in history if "loss" in entry]
+    epochs = [losses["one"][i : i + 7] for i in (0, 7, 14)]
+    assert sorted(epochs[0]) == pytest.approx(sorted(epochs[1]), abs=1e-6)
+    assert len({tuple(f"{loss:.4f}" for loss in epoch) for epoch in epochs}) > 1
+    assert losses["one"] == losses["again"] != losses["seed"]
+
+
+def test_hub_data_sets(script, checkpoints, tmp_path, capsys):
+    """A directory stands in for the hub: with a file for what it lacks, and without what it must have."""
+    (tmp_path / "hub").mkdir()
+    write_jsonl(tmp_path / "hub" / "train.jsonl", ROWS)
+    words = [
+        "--model_name_or_path",
+        checkpoints["gpt2"],
+        "--dataset_name",
+        tmp_path / "hub",
+        "--max_steps",
+        1,
+    ]
+    words = [str(word) for word in words]
+    more = [
+        "--validation_file",
+        write_jsonl(tmp_path / "v.jsonl", ROWS[:2]),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    script.main([*words, *more])
+    out = capsys.readouterr().out
+    assert "train      7 examples" in out and "validation 2 examples" in out
+    (tmp_path / "hub" / "train.jsonl").rename(tmp_path / "hub" / "test.jsonl")
+    with pytest.raises(SystemExit) as stop:
+        script.main([*words, "--output_dir", str(tmp_path / "o2")])
+    assert stop.value.code == 2
+    assert "has only test" in capsys.readouterr().err
+
+
 def test_several_files(script, checkpoints, tmp_path, capsys):
     one, two = write_jsonl(tmp_path / "1.jsonl", ROWS[:3]), tmp_path / "2.parquet"
     Dataset.from_list(ROWS[3:]).to_parquet(two)
