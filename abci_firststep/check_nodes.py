@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Check the nodes of a job before an expensive run: does every rank compute, reach the others, and how fast?
+"""Check a job's nodes before an expensive run: does every rank compute and reach the others?
 
-Each rank names its host and device, fills some memory and reads it back, and takes part in all-reduces, whose result
-is checked and whose bandwidth is printed. It takes a minute, where a broken node costs a walltime.
+Each rank names its host and device, fills some memory and reads it back, and takes part in
+all-reduces, whose result is checked and whose bandwidth is printed. It takes a minute, where a
+broken node costs a walltime.
 
 One node        torchrun --standalone --nproc_per_node 8 check_nodes.py
 Several nodes   qsub -P GROUP job_check_nodes.sh
-Follows         https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md (what the bandwidths mean)
+Bandwidths      https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
 """
 
 import argparse
@@ -20,21 +21,22 @@ from datetime import timedelta
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--size_mib", type=int, default=256, help="MiB per all-reduce; small ones measure latency.")
-    parser.add_argument("--repeat", type=int, default=20, help="All-reduces timed, after 3 that are not.")
-    parser.add_argument("--memory_gib", type=float, default=1.0, help="GiB that each rank fills and reads back.")
-    parser.add_argument("--ddp_timeout", type=int, default=120, help="Seconds to wait for a rank that does not answer.")
+    add = parser.add_argument
+    add("--size_mib", type=int, default=256, help="MiB per all-reduce; small ones measure latency.")
+    add("--repeat", type=int, default=20, help="All-reduces timed, after 3 that are not.")
+    add("--memory_gib", type=float, default=1.0, help="GiB that each rank fills and reads back.")
+    add("--ddp_timeout", type=int, default=120, help="Seconds to wait for a rank's answer.")
     args = parser.parse_args(argv)
     for name in ("size_mib", "repeat", "memory_gib", "ddp_timeout"):
         if getattr(args, name) <= 0:
             fail(f"--{name} must be above 0, not {getattr(args, name)}.")
     if "WORLD_SIZE" not in os.environ:
-        fail("this needs a launcher. Type: torchrun --standalone --nproc_per_node 2 check_nodes.py")
+        fail("no launcher. Type: torchrun --standalone --nproc_per_node 2 check_nodes.py")
     return args
 
 
 def fail(message, every_rank=False):
-    """Print one line on stderr and leave with exit code 2; of several ranks only the first speaks."""
+    """Print one line on stderr, leave with exit code 2; of several ranks only the first speaks."""
     if every_rank or int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     else:
@@ -49,7 +51,7 @@ def say(name, text):
 
 
 def check_memory(torch, device, gib):
-    """Fill `gib` GiB of the rank's device with a pattern and read it back; return (free, total) GiB before."""
+    """Fill `gib` GiB of the device, read them back; return (free, total) GiB before that."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
     else:
@@ -58,10 +60,8 @@ def check_memory(torch, device, gib):
     pattern = torch.arange(2**20, dtype=torch.int32, device=device)
     block = pattern.repeat(max(1, int(gib * 256)))  # 2**20 numbers of 4 bytes are 1/256 GiB
     if not bool((block.view(-1, 2**20) == pattern).all()):
-        fail(
-            f"rank {os.environ['RANK']} on {socket.gethostname()}: memory of {device} did not hold what was written.",
-            True,
-        )
+        place = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+        fail(f"{place}: memory of {device} did not hold what was written.", every_rank=True)
     return free / 2**30, total / 2**30
 
 
@@ -73,7 +73,8 @@ def all_reduce_seconds(torch, device, mib, repeat):
     data = torch.full((mib * 2**18,), float(rank + 1), device=device)
     dist.all_reduce(data)
     if not bool((data == ranks * (ranks + 1) / 2).all()):
-        fail(f"rank {rank} on {socket.gethostname()}: an all-reduce gave a wrong sum.", every_rank=True)
+        place = f"rank {rank} on {socket.gethostname()}"
+        fail(f"{place}: an all-reduce gave a wrong sum.", every_rank=True)
     data.zero_()  # sums of zeros stay finite however often they are added
     for step in range(2 + repeat):
         if step == 2:
@@ -91,41 +92,50 @@ def wait(torch, device):
     torch.distributed.barrier()
 
 
+def choose_device(torch):
+    """Return this rank's device and what to call it."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), f"CPU, {torch.get_num_threads()} thread(s)"
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= count:
+        fail(f"{socket.gethostname()} has {count} GPUs for more ranks than that.", every_rank=True)
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device, torch.cuda.get_device_name(device)
+
+
 def main(argv=None):
     args = parse(argv)
     began = time.perf_counter()
     import torch
     import torch.distributed as dist
 
-    local = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available() and local >= torch.cuda.device_count():
-        fail(f"{socket.gethostname()} has {torch.cuda.device_count()} GPUs for more ranks than that.", every_rank=True)
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    say("start", f"{os.environ['WORLD_SIZE']} ranks, {backend}; waits {args.ddp_timeout} s for one that does not come")
-    dist.init_process_group(backend, timeout=timedelta(seconds=args.ddp_timeout))
+    device, name = choose_device(torch)
+    backend, wait_for = "nccl" if device.type == "cuda" else "gloo", args.ddp_timeout
+    about = f"{os.environ['WORLD_SIZE']} ranks, {backend}"
+    say("start", f"{about}; waits {wait_for} s for one that does not come")
+    dist.init_process_group(backend, timeout=timedelta(seconds=wait_for))
 
     free, total = check_memory(torch, device, args.memory_gib)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    versions = f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    versions += f", CUDA {torch.version.cuda}"
     mine = (socket.gethostname(), name, free, total, versions)
     ranks = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     for rank, (host, name, free, total, _) in enumerate(ranks):
-        say(f"rank {rank}", f"{host}  {name}  memory {free:.1f} GiB free of {total:.1f}, {args.memory_gib:g} checked")
+        memory = f"memory {free:.1f} GiB free of {total:.1f}, {args.memory_gib:g} checked"
+        say(f"rank {rank}", f"{host}  {name}  {memory}")
     hosts = sorted({host for host, *_ in ranks})
     say("hosts", f"{len(hosts)}: {', '.join(hosts)}; {versions}")
     for host, *_, other in ranks:
         if other != versions:
-            fail(f"{host} has {other}, {mine[0]} has {versions}: every node must use the same environment.")
+            fail(f"{host} has {other}, {mine[0]} {versions}: nodes must use the same environment.")
 
     seconds = all_reduce_seconds(torch, device, args.size_mib, args.repeat)
-    size, count = args.size_mib * 2**20, len(ranks)
-    rate = size / seconds / 1e9
-    say("all-reduce", f"{args.size_mib} MiB in {seconds * 1e3:.1f} ms, {rate:.2f} GB/s; bus bandwidth "
-                      f"{2 * (count - 1) / count * rate:.2f} GB/s; sums correct on every rank")  # fmt: skip
+    count, rate = len(ranks), args.size_mib * 2**20 / seconds / 1e9
+    bus = f"bus bandwidth {2 * (count - 1) / count * rate:.2f} GB/s"
+    figures = f"{args.size_mib} MiB in {seconds * 1e3:.1f} ms, {rate:.2f} GB/s; {bus}"
+    say("all-reduce", f"{figures}; sums correct on every rank")
     say("done", f"all {count} ranks answered, {time.perf_counter() - began:.0f} s")
     dist.destroy_process_group()
 

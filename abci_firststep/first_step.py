@@ -1,15 +1,16 @@
-"""Print what a job sees on this machine, and let every device do one matrix multiplication as proof of life.
+"""Print what a job sees on this machine; each device multiplies two matrices as proof of life.
 
 By hand:  python first_step.py
 Submit:   qsub -P GROUP job.sh
 
-Takes some seconds per device. Look here first when something is slow or fails: the host, the CPUs given and usable,
-the memory, the GPUs, whether driver, CUDA and torch fit together, the PBS variables, the job's deadline and the room
-left for models. Exit code 2 with an error line when the node has a GPU that torch cannot use.
+Takes some seconds per device. Look here first when something is slow or fails: the host, the CPUs
+given and usable, the memory, the GPUs, whether driver, CUDA and torch fit together, the PBS
+variables, the job's deadline and the room left for models. Exit code 2 with an error line when the
+node has a GPU that torch cannot use.
 
-The multiplication counts 2 n^3 floating-point operations (n^3 multiplications and as many additions) and runs in the
-precision that a training would use on that device: bf16 on GPUs that have it (compute capability 8.0 and up), fp16 on
-older ones, fp32 on a CPU.
+The multiplication counts 2 n^3 floating-point operations (n^3 multiplications and as many
+additions) and runs in the precision that a training would use on that device: bf16 on GPUs that
+have it (compute capability 8.0 and up), fp16 on older ones, fp32 on a CPU.
 """
 
 import argparse
@@ -23,8 +24,9 @@ import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
-# Dense 16-bit tensor-core TFLOP/s by the name that the driver gives, from NVIDIA's pages (Hopper's figures there are
-# twice these, "with sparsity"). A card held below its default power limit, as some sites do, cannot reach them.
+# Dense 16-bit tensor-core TFLOP/s by the name that the driver gives, from NVIDIA's pages (Hopper's
+# figures there are twice these, "with sparsity"). A card held below its default power limit, as
+# some sites do, cannot reach them.
 ADVERTISED_TFLOPS = {
     "NVIDIA H200": 989,  # https://www.nvidia.com/en-us/data-center/h200/
     "NVIDIA H100 80GB HBM3": 989,  # https://www.nvidia.com/en-us/data-center/h100/
@@ -51,7 +53,7 @@ def show(name: str, value: object) -> None:
 
 
 def cgroup_values(file: str, controller: str = "") -> list[str]:
-    """Contents of a limit file in this process's cgroup and in all above it, whose limits count as well.
+    """Contents of a limit file in this process's cgroup and in all above it, which count as well.
 
     ``controller`` names a hierarchy of cgroup v1; "" is v2.
     """
@@ -66,13 +68,14 @@ def cgroup_values(file: str, controller: str = "") -> list[str]:
 
 
 def report_cpus() -> None:
-    """CPUs of the machine, CPUs that PBS gave, CPUs this process may run on, and the cgroup's share of their time."""
+    """CPUs of the machine, given by PBS, usable here, and the cgroup's share of their time."""
     given = f"{os.environ['NCPUS']} given by PBS, " if "NCPUS" in os.environ else ""
     quotas = [value.split() for value in cgroup_values("cpu.max") if not value.startswith("max")]
     share = min((float(limit) / float(period) for limit, period in quotas), default=None)
     limited = "" if share is None else f", time of {share:g} CPUs (cgroup)"
-    usable, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "unset")
-    show("cpus", f"{os.cpu_count()} on the machine, {given}{usable} usable{limited}; OMP_NUM_THREADS {threads}")
+    usable = f"{given}{len(os.sched_getaffinity(0))} usable{limited}"
+    threads = os.environ.get("OMP_NUM_THREADS", "unset")
+    show("cpus", f"{os.cpu_count()} on the machine, {usable}; OMP_NUM_THREADS {threads}")
 
 
 def report_memory() -> None:
@@ -101,11 +104,12 @@ def job_deadline() -> str:
         return f"unknown (qstat: {type(error).__name__}: {str(error)[:80]})"
     end = start + timedelta(hours=hours, minutes=minutes, seconds=seconds)
     left = timedelta(seconds=int((end - datetime.now()).total_seconds()))
-    return f"{end:%Y-%m-%d %H:%M:%S}, {left} from now (walltime {walltime}, group {facts.get('project')})"
+    given = f"walltime {walltime}, group {facts.get('project')}"
+    return f"{end:%Y-%m-%d %H:%M:%S}, {left} from now ({given})"
 
 
 def report_job() -> None:
-    """The PBS variables, without the job's cookie and the search path, the nodes and the deadline."""
+    """The PBS variables (without the job's cookie and the search path), nodes and deadline."""
     show("job", os.environ.get("PBS_JOBID", "none (not in a PBS job)"))
     for name in sorted(os.environ):
         if name.startswith("PBS_") and name not in ("PBS_JOBCOOKIE", "PBS_JOBID", "PBS_O_PATH"):
@@ -117,28 +121,30 @@ def report_job() -> None:
 
 
 def report_storage() -> None:
-    """Free space where models and compiled code go. A quota may leave less: ``show_quota`` tells it on ABCI."""
+    """Free space where models and compiled code go. A quota may leave less (ABCI: show_quota)."""
     models = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
-    scratch = os.environ.get("BUILD_CACHE") or os.environ.get("PBS_LOCALDIR") or os.environ.get("TMPDIR") or "/tmp"
+    places = [os.environ.get(name) for name in ("BUILD_CACHE", "PBS_LOCALDIR", "TMPDIR")]
+    scratch = next((place for place in places if place), "/tmp")
     for name, directory in (("models", models), ("scratch", scratch)):
         place = Path(directory).absolute()
         there = next(path for path in [place, *place.parents] if path.exists())
-        show(name, f"{directory}, {shutil.disk_usage(there).free / GIB:,.0f} GiB free on its file system")
+        free = shutil.disk_usage(there).free / GIB
+        show(name, f"{directory}, {free:,.0f} GiB free on its file system")
 
 
 def ask_nvidia_smi(fields: str) -> dict[str, list[str]]:
-    """GPU UUID -> values of nvidia-smi's query fields; empty where nvidia-smi is not there or fails."""
+    """GPU UUID -> values of nvidia-smi's query fields; empty where there is no nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu=uuid,{fields}", "--format=csv,noheader"]
     try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
-    rows = [line.split(", ") for line in output.splitlines()]
+    rows = [line.split(", ") for line in run.stdout.splitlines()]
     return {row[0]: row[1:] for row in rows}
 
 
 def driver_cuda() -> str | None:
-    """The newest CUDA version that the NVIDIA driver here runs, e.g. "13.0"; None without a driver. Needs no GPU."""
+    """The newest CUDA version that the driver runs, as "13.0"; None without one. Needs no GPU."""
     number = ctypes.c_int()
     try:
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) != 0:
@@ -151,11 +157,12 @@ def driver_cuda() -> str | None:
 def versions_fit(torch_cuda: str | None, driver: str | None) -> tuple[bool, str]:
     """Whether a driver runs the CUDA that torch was built for, and the sentence that says so.
 
-    The major versions decide: a driver runs programs of its own CUDA major version and of older ones
-    (https://docs.nvidia.com/deploy/cuda-compatibility/).
+    The major versions decide: a driver runs programs of its own CUDA major version and of older
+    ones (https://docs.nvidia.com/deploy/cuda-compatibility/).
     """
     if torch_cuda is None:
-        return driver is None, "torch is a CPU-only build" + (f" but the driver runs CUDA {driver}" if driver else "")
+        but = f" but the driver runs CUDA {driver}" if driver else ""
+        return driver is None, f"torch is a CPU-only build{but}"
     if driver is None:
         return True, f"torch is built for CUDA {torch_cuda}, and this machine has no NVIDIA driver"
     fit = int(driver.split(".")[0]) >= int(torch_cuda.split(".")[0])
@@ -164,24 +171,26 @@ def versions_fit(torch_cuda: str | None, driver: str | None) -> tuple[bool, str]
 
 
 def report_gpus(torch) -> None:
-    """Versions and each GPU; exits with code 2 where a driver is there and torch sees none of the job's GPUs."""
+    """Versions and each GPU; exit code 2 where torch sees none of the GPUs that the job has."""
     _, fit = versions_fit(torch.version.cuda, driver_cuda())
     driver = next(iter(ask_nvidia_smi("driver_version").values()), ["not found"])[0]
-    show("versions", f"Python {sys.version.split()[0]}, torch {torch.__version__}, NVIDIA driver {driver}; {fit}")
+    python = sys.version.split()[0]
+    show("versions", f"Python {python}, torch {torch.__version__}, NVIDIA driver {driver}; {fit}")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     asked_for_none = visible == "" or os.environ.get("PBS_QUEUE") == "rt_HC"
     if GPU_DRIVER_FILE.exists() and not torch.cuda.is_available() and not asked_for_none:
         fail(
-            f"this node has an NVIDIA driver ({driver}), but torch {torch.__version__} sees no GPU: {fit}; "
-            f"CUDA_VISIBLE_DEVICES is {visible or 'unset'}. Everything would run on the CPU. "
+            f"this node has an NVIDIA driver ({driver}), but torch {torch.__version__} sees no "
+            f"GPU: {fit}; CUDA_VISIBLE_DEVICES is {visible or 'unset'}. "
             "Type: bash ../jobs/setup_venv.sh (it checks the versions)"
         )
     limits = ask_nvidia_smi("power.limit,power.default_limit")
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
-        power = ", power limit {} (default {})".format(*limits.get(f"GPU-{card.uuid}", ["not known", "not known"]))
-        memory = f"{card.total_memory / GIB:.1f} GiB"
-        show(f"gpu {index}", f"{card.name}, compute capability {card.major}.{card.minor}, {memory}{power}")
+        limit, default = limits.get(f"GPU-{card.uuid}", ["not known", "not known"])
+        name = f"{card.name}, compute capability {card.major}.{card.minor}"
+        power = f"power limit {limit} (default {default})"
+        show(f"gpu {index}", f"{name}, {card.total_memory / GIB:.1f} GiB, {power}")
     if not torch.cuda.device_count():
         show("gpus", "none" + (" given to this job" if GPU_DRIVER_FILE.exists() else ""))
 
@@ -193,13 +202,12 @@ def measure_matmul(torch, device, dtype, size: int, seconds: float) -> float:
     for _ in range(3):
         product = left @ right
     wait(device)
-    # One entry computed apart, in double precision: a device that is fast and wrong is no sign of life. An entry is a
-    # sum of `size` products of standard normal numbers, so of the size of its square root; 16-bit rounding is 0.4 %.
+    # One entry computed apart, in double precision: a device that is fast and wrong is no sign of
+    # life. An entry is a sum of `size` products of standard normal numbers, so of the size of its
+    # square root; 16-bit rounding is 0.4 %.
     exact, found = float(left[0].double() @ right[:, 0].double()), float(product[0, 0])
     if not abs(found - exact) <= 0.02 * size**0.5:
-        fail(
-            f"{device} multiplies wrongly: {found:g} where {exact:g} is right. Results would be worthless: change nodes"
-        )
+        fail(f"{device} multiplies wrongly: {found:g}, {exact:g} is right. Change to another node")
     rounds, done, start = 1, 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
         for _ in range(rounds):
@@ -212,28 +220,32 @@ def measure_matmul(torch, device, dtype, size: int, seconds: float) -> float:
 
 def report_speed(torch, size: int | None, seconds: float) -> None:
     """One line per device: its TFLOP/s, beside the advertised figure where one is known."""
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
-    for device in devices:
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in gpus or [torch.device("cpu")]:
         name, dtype, n = "CPU", torch.float32, size or 1024
         if device.type == "cuda":
             name, n = torch.cuda.get_device_name(device), size or 8192
-            dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+            has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+            dtype = torch.bfloat16 if has_bf16 else torch.float16
         speed = measure_matmul(torch, device, dtype, n, seconds)
-        advertised = ADVERTISED_TFLOPS.get(name)
-        share = f", {100 * speed / advertised:.0f} % of the advertised {advertised}" if advertised else ""
-        show("matmul", f"{device} ({name}): {speed:,.2f} TFLOP/s in {str(dtype).split('.')[1]}, n = {n}{share}")
+        advertised, share = ADVERTISED_TFLOPS.get(name), ""
+        if advertised:
+            share = f", {100 * speed / advertised:.0f} % of the advertised {advertised}"
+        how = f"in {str(dtype).split('.')[1]}, n = {n}"
+        show("matmul", f"{device} ({name}): {speed:,.2f} TFLOP/s {how}{share}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
-    parser.add_argument("--seconds", type=float, default=1.0, help="measure each device at least this long (default 1)")
-    parser.add_argument("--matrix_size", type=int, help="rows of the matrices (default 8192 on a GPU, 1024 on a CPU)")
+    add = parser.add_argument
+    add("--seconds", type=float, default=1.0, help="time for each device, at least (default 1)")
+    add("--matrix_size", type=int, help="rows of a matrix (default 8192 on a GPU, 1024 on a CPU)")
     args = parser.parse_args(argv)
     if not 0 < args.seconds <= 3600:
-        parser.error(f"--seconds {args.seconds} is not above 0 and at most 3600. Nothing sensible could be measured")
+        parser.error(f"--seconds {args.seconds} is not above 0 and at most 3600")
     if args.matrix_size is not None and not 1 <= args.matrix_size <= 65536:
-        parser.error(f"--matrix_size {args.matrix_size} is not from 1 to 65536. Nothing sensible could be multiplied")
+        parser.error(f"--matrix_size {args.matrix_size} is not from 1 to 65536")
     show("host", f"{os.uname().nodename}, {os.uname().sysname} {os.uname().release}")
     report_cpus()
     report_memory()
@@ -242,7 +254,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         import torch
     except ImportError as error:
-        fail(f"torch does not import ({error}). Make the environment first: bash ../jobs/setup_venv.sh")
+        advice = "Make the environment first: bash ../jobs/setup_venv.sh"
+        fail(f"torch does not import ({error}). {advice}")
     report_gpus(torch)
     report_speed(torch, args.matrix_size, args.seconds)
 

@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
 """Score the answers that generate_text.py wrote to a file prepared by prepare_jglue.py.
 
-JSQuAD: exact match and character F1 as JGLUE defines them. JCommonsenseQA, JNLI: accuracy. JSTS: Pearson and Spearman
-correlation. Of each generated text only the first line is read (the prompts ask for one), and what cannot be read as an
-answer is counted and is wrong; in JSTS it stands for 2.5, the middle of the scale.
+JSQuAD: exact match and character F1 as JGLUE defines them. JCommonsenseQA, JNLI: accuracy. JSTS:
+Pearson and Spearman correlation. Of each generated text only the first line is read (the prompts
+ask for one), and what cannot be read as an answer is counted and is wrong; in JSTS it stands for
+2.5, the middle of the scale.
 
-    python evaluate_jglue.py --task jsquad --prediction_file output/jsquad_generated.jsonl --output_file scores.json
+    python evaluate_jglue.py --task jsquad --prediction_file output/jsquad_generated.jsonl
     qsub -P GROUP job.sh                                       (preparation, generation and this)
 
 JGLUE's definition for JSQuAD stands in its patch to transformers' squad_metrics.py
-(https://github.com/yahoojapan/JGLUE, fine-tuning/patch): compare in lower case, without 。 at the end, runs of white
-space as one space; F1 over the characters; the best of the annotators' answers counts. Costs a second.
+(https://github.com/yahoojapan/JGLUE, fine-tuning/patch): compare in lower case, without 。 at the
+end, runs of white space as one space; F1 over the characters; the best of the annotators' answers
+counts. Costs a second.
 """
 
 import argparse
@@ -22,14 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 TASKS = ("jsquad", "jcommonsenseqa", "jnli", "jsts")
-JNLI_NAMES = {
-    "含意": "entailment",
-    "矛盾": "contradiction",
-    "中立": "neutral",
-    "entailment": "entailment",
-    "contradiction": "contradiction",
-    "neutral": "neutral",
-}
+JNLI_NAMES = {"含意": "entailment", "矛盾": "contradiction", "中立": "neutral"}
 MIDDLE = 2.5  # what an unreadable JSTS answer counts as
 
 
@@ -40,12 +35,11 @@ def fail(message):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--task", choices=TASKS, required=True, help="which task the file belongs to")
-    add("--prediction_file", type=Path, required=True, help="JSON Lines from generate_text.py (with generated_text)")
+    add("--prediction_file", type=Path, required=True, help="JSON Lines from generate_text.py")
     add("--output_file", type=Path, help="also write the scores here, as JSON")
     return parser.parse_args(argv)
 
@@ -59,7 +53,7 @@ def first_line(text):
 
 
 def read_choice(text, choices):
-    """Return the index of the choice that a text names by its number (2, 2：…, 2番) or by its words, or None."""
+    """Return the index of the choice named by its number (2, 2：…, 2番) or its words, or None."""
     line = first_line(text).strip()
     if match := re.match(r"([0-4])(?![\d.])", unicodedata.normalize("NFKC", line)):
         return int(match.group(1))
@@ -68,10 +62,10 @@ def read_choice(text, choices):
 
 
 def read_relation(text):
-    """Return entailment, contradiction or neutral if the line names exactly one of them, in either language."""
+    """Return the relation if the line names exactly one of them, in either language, or None."""
     line = first_line(text).lower()
-    named = {relation for name, relation in JNLI_NAMES.items() if name in line}
-    return named.pop() if len(named) == 1 else None
+    named = [label for name, label in JNLI_NAMES.items() if name in line or label in line]
+    return named[0] if len(named) == 1 else None
 
 
 def read_similarity(text):
@@ -90,7 +84,7 @@ def normalize(text):
 
 
 def character_f1(answer, gold):
-    """Return the harmonic mean of precision and recall over the characters of two normalised strings."""
+    """Return the harmonic mean of precision and recall over two strings' characters."""
     if not answer or not gold:
         return float(answer == gold)
     same = sum((Counter(answer) & Counter(gold)).values())
@@ -102,20 +96,22 @@ def score_jsquad(rows):
     golds = [[normalize(gold) for gold in row["answers"]] for row in rows]
     golds = [[gold for gold in each if gold] or [""] for each in golds]
     pairs = list(zip(answers, golds, strict=True))
+    best = [max(character_f1(answer, gold) for gold in each) for answer, each in pairs]
     return {
         "unreadable": sum(not answer for answer in answers),
         "exact_match": sum(answer in each for answer, each in pairs) / len(rows),
-        "f1": sum(max(character_f1(answer, gold) for gold in each) for answer, each in pairs) / len(rows),
+        "f1": sum(best) / len(rows),
     }
 
 
 def score_labels(rows, answers):
-    """Return the accuracy, and that of always giving the commonest label, which a model has to beat."""
-    commonest = Counter(row["label"] for row in rows).most_common(1)[0][1]
+    """Return the accuracy, and that of always giving the commonest label, which is to be beaten."""
+    labels = [row["label"] for row in rows]
+    right = sum(answer == label for answer, label in zip(answers, labels, strict=True))
     return {
-        "unreadable": sum(answer is None for answer in answers),
-        "accuracy": sum(answer == row["label"] for answer, row in zip(answers, rows, strict=True)) / len(rows),
-        "commonest_label": commonest / len(rows),
+        "unreadable": answers.count(None),
+        "accuracy": right / len(rows),
+        "commonest_label": Counter(labels).most_common(1)[0][1] / len(rows),
     }
 
 
@@ -139,7 +135,7 @@ def score_jsts(rows):
 
 
 def correlation(left, right):
-    """Return Pearson's correlation of two equally long lists, or None where one of them does not vary."""
+    """Return Pearson's correlation of two lists, or None where one of them does not vary."""
     import numpy as np
 
     left, right = (np.asarray(values, dtype=np.float64) for values in (left, right))
@@ -150,14 +146,19 @@ def correlation(left, right):
 
 
 def ranks(values):
-    """Return the rank of each value, equal values sharing the mean of their ranks (Spearman's correlation needs it)."""
+    """Return the rank of each value, equal values sharing the mean of theirs, as Spearman needs."""
     import numpy as np
 
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
-SCORERS = {"jsquad": score_jsquad, "jcommonsenseqa": score_jcommonsenseqa, "jnli": score_jnli, "jsts": score_jsts}
+SCORERS = {
+    "jsquad": score_jsquad,
+    "jcommonsenseqa": score_jcommonsenseqa,
+    "jnli": score_jnli,
+    "jsts": score_jsts,
+}
 
 
 # ---- Reading and checking the file ----
@@ -167,7 +168,7 @@ def gold_task(row):
     """Return the task whose gold fields a row has, or None."""
     answers, choices, label = (row.get(name) for name in ("answers", "choices", "label"))
     number = isinstance(label, int | float) and not isinstance(label, bool)
-    if isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers):
+    if isinstance(answers, list) and answers and all(isinstance(one, str) for one in answers):
         return "jsquad"
     if isinstance(choices, list) and len(choices) == 5 and number and label in range(5):
         return "jcommonsenseqa"
@@ -181,24 +182,27 @@ def check_row(row, task, place):
     if not isinstance(row, dict):
         fail(f"{place} is no object. Give the file that generate_text.py wrote.")
     if not isinstance(row.get("generated_text"), str):
-        fail(f"{place} has no text in `generated_text`: there is no answer to score. Run generate_text.py on the file "
-             "first and give what it writes.")  # fmt: skip
+        fail(f"{place} has no text in `generated_text`. Give what generate_text.py wrote.")
     found = gold_task(row)
     if found is None or "id" not in row:
-        fail(f"{place} has no {task} answers to compare with (fields: {', '.join(row)}). Generate from a file that "
-             "prepare_jglue.py wrote: it carries them along.")  # fmt: skip
+        fields = ", ".join(row)
+        fail(
+            f"{place} has no {task} answers to compare with (fields: {fields}). Generate from "
+            "a file that prepare_jglue.py wrote: it carries them along."
+        )
     if found != task:
-        fail(f"{place} belongs to {found}, not to {task}: the score would mean nothing. Give --task {found}.")
+        fail(f"{place} belongs to {found}, not to {task}. Give --task {found}.")
 
 
 def read_predictions(path, task):
     """Return the file's rows, each checked, each id once."""
+    advice = "Give the file that generate_text.py wrote."
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        fail(f"{path} is not UTF-8 (byte {error.start}). Give the file that generate_text.py wrote.")
+        fail(f"{path} is not UTF-8 (byte {error.start}). {advice}")
     except OSError as error:
-        fail(f"--prediction_file {path} cannot be read ({error.strerror}). Give the file that generate_text.py wrote.")
+        fail(f"--prediction_file {path} cannot be read ({error.strerror}). {advice}")
     rows, seen = [], {}
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
@@ -207,11 +211,10 @@ def read_predictions(path, task):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            fail(f"{place} is not JSON ({error.msg} at column {error.colno}). Run the generation again.")
+            fail(f"{place} is not JSON ({error.msg}, column {error.colno}). Generate it again.")
         check_row(row, task, place)
         if row["id"] in seen:
-            fail(f"{place} has the id {row['id']} of line {seen[row['id']]}: one question would count twice. "
-                 "Remove one of them.")  # fmt: skip
+            fail(f"{place} has the id {row['id']} of line {seen[row['id']]}. Remove one of them.")
         seen[row["id"]] = number
         rows.append(row)
     if not rows:
@@ -223,7 +226,8 @@ def print_table(scores):
     """Print names above values, one column each."""
     cells = []
     for name, value in scores.items():
-        text = "undefined" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value}"
+        text = f"{value:.4f}" if isinstance(value, float) else str(value)
+        text = "undefined" if value is None else text
         cells.append((name, text, max(len(name), len(text))))
     print("  ".join(name.rjust(width) for name, _, width in cells))
     print("  ".join(text.rjust(width) for _, text, width in cells))
@@ -235,16 +239,17 @@ def main(argv=None):
     scores = {"task": args.task, "rows": len(rows), **SCORERS[args.task](rows)}
     print_table(scores)
     if scores["unreadable"]:
-        how = f"count as {MIDDLE}, the middle of the scale" if args.task == "jsts" else "count as wrong"
-        print(f"{scores['unreadable']} of {len(rows)} texts could not be read as an answer; they {how}")
+        value = f"{MIDDLE}, the middle of the scale" if args.task == "jsts" else "wrong"
+        count = f"{scores['unreadable']} of {len(rows)}"
+        print(f"{count} texts could not be read as an answer; they count as {value}")
     if None in scores.values():
-        print("a correlation is undefined because the answers (or the labels) are all the same number")
+        print("a correlation is undefined: the answers (or the labels) are all the same number")
     if args.output_file:
         try:
             args.output_file.parent.mkdir(parents=True, exist_ok=True)
             args.output_file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            fail(f"--output_file {args.output_file} cannot be written ({error.strerror}). Name another file.")
+            fail(f"{args.output_file} cannot be written ({error.strerror}). Name another file.")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Turn JGLUE into prompts and completions that the fine-tuning scripts and generate_text.py read.
 
-JSQuAD, JCommonsenseQA, JNLI and JSTS become JSON Lines, one file per split, with `prompt`, `completion` and what
-evaluate_jglue.py needs to score an answer: `id`, and `answers`, `label` or `choices`. The prompt ends where the answer
-begins; nothing is put between the two. To change what the model is asked, edit the four functions of PROMPTS.
+JSQuAD, JCommonsenseQA, JNLI and JSTS become JSON Lines, one file per split, with `prompt`,
+`completion` and what evaluate_jglue.py needs to score an answer: `id`, and `answers`, `label` or
+`choices`. The prompt ends where the answer begins; nothing is put between the two. To change what
+the model is asked, edit the four functions of PROMPTS.
 
-    git clone https://github.com/yahoojapan/JGLUE.git          (once, where there is a network)
+    git clone https://github.com/yahoojapan/JGLUE.git               (once, where there is a network)
     python prepare_jglue.py --jglue_dir JGLUE --output_dir output --task all
-    python prepare_jglue.py --jglue_dir sample --output_dir output --task jsquad      (the sample that comes with this)
-    qsub -P GROUP job.sh                                       (this, generation and the score)
+    python prepare_jglue.py --jglue_dir sample --output_dir output  (the sample beside this file)
+    qsub -P GROUP job.sh                                            (this, generation, the score)
 
 Costs seconds. Data: Kurihara et al. 2022, https://aclanthology.org/2022.lrec-1.317 (CC BY-SA 4.0).
 """
@@ -34,12 +35,13 @@ def fail(message):
 
 
 def jsquad_row(row):
-    """A question about a paragraph; the answer is a piece of it. Learnt: the answer most annotators gave."""
+    """A question about a paragraph; the answer is a piece of it, the one most annotators gave."""
     title, mark, body = row["context"].partition(" [SEP] ")
     text = f"題名：{title}\n文章：{body}" if mark else f"文章：{title}"
     answers = [answer["text"] for answer in row["answers"]]
-    best = Counter(answers).most_common(1)[0][0] if answers else None  # of equally frequent ones the first
-    return row["id"], f"{text}\n質問：{row['question'].strip()}\n答え：", best, {"answers": answers}
+    best = Counter(answers).most_common(1)[0][0] if answers else None  # of several the first
+    prompt = f"{text}\n質問：{row['question'].strip()}\n答え："
+    return row["id"], prompt, best, {"answers": answers}
 
 
 def jcommonsenseqa_row(row):
@@ -50,44 +52,51 @@ def jcommonsenseqa_row(row):
     label = row.get("label")
     if label is not None and label not in range(5):
         raise ValueError(f"label {label}")
-    return row["q_id"], prompt, None if label is None else str(label), {"label": label, "choices": choices}
+    answer = None if label is None else str(label)
+    return row["q_id"], prompt, answer, {"label": label, "choices": choices}
 
 
 def jnli_row(row):
     """Does the second sentence follow from the first, contradict it, or neither?"""
-    sentences = f"前提：{row['sentence1'].strip()}\n仮説：{row['sentence2'].strip()}"
+    prompt = f"前提：{row['sentence1'].strip()}\n仮説：{row['sentence2'].strip()}"
+    prompt += "\n関係（含意、矛盾、中立）："
     label = row.get("label")
     answer = None if label is None else JNLI_ANSWERS[label]
-    return row["sentence_pair_id"], f"{sentences}\n関係（含意、矛盾、中立）：", answer, {"label": label}
+    return row["sentence_pair_id"], prompt, answer, {"label": label}
 
 
 def jsts_row(row):
     """How close in meaning are two sentences, from 0.0 (unrelated) to 5.0 (the same)?"""
-    sentences = f"文1：{row['sentence1'].strip()}\n文2：{row['sentence2'].strip()}"
+    prompt = f"文1：{row['sentence1'].strip()}\n文2：{row['sentence2'].strip()}"
+    prompt += "\n意味の近さ（0.0から5.0）："
     label = row.get("label")
     if label is not None and not 0 <= label <= 5:
         raise ValueError(f"label {label}")
     answer = None if label is None else f"{label:.1f}"
-    return row["sentence_pair_id"], f"{sentences}\n意味の近さ（0.0から5.0）：", answer, {"label": label}
+    return row["sentence_pair_id"], prompt, answer, {"label": label}
 
 
-PROMPTS = {"jsquad": jsquad_row, "jcommonsenseqa": jcommonsenseqa_row, "jnli": jnli_row, "jsts": jsts_row}
+PROMPTS = {
+    "jsquad": jsquad_row,
+    "jcommonsenseqa": jcommonsenseqa_row,
+    "jnli": jnli_row,
+    "jsts": jsts_row,
+}
 
 
 # ---- Reading and writing ----
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--jglue_dir", type=Path, required=True, help="a checkout of JGLUE (the directory that holds datasets/)")
-    add("--output_dir", type=Path, required=True, help="where TASK_train.jsonl, TASK_validation.jsonl, ... go")
-    add("--task", choices=[*PROMPTS, "all"], default="all", help="one task or all four (default all)")
+    add("--jglue_dir", type=Path, required=True, help="a checkout of JGLUE (holds datasets/)")
+    add("--output_dir", type=Path, required=True, help="where TASK_train.jsonl and others go")
+    add("--task", choices=[*PROMPTS, "all"], default="all", help="one task, or all (the default)")
     args = parser.parse_args(argv)
     if not args.jglue_dir.is_dir():
-        fail(f"--jglue_dir {args.jglue_dir} is not a directory. Give a checkout of JGLUE, or sample beside this file.")
+        fail(f"--jglue_dir {args.jglue_dir} is not a directory. Give a checkout of JGLUE.")
     return args
 
 
@@ -95,13 +104,14 @@ def find_task(jglue_dir, task):
     """Return (version, directory) of the newest DIR/datasets/TASK-vN.M, or None."""
     found = []
     for path in (jglue_dir / "datasets").glob(f"{task}-v*"):
-        if path.is_dir() and (match := re.fullmatch(r"v(\d+)\.(\d+)", path.name.removeprefix(f"{task}-"))):
-            found.append((tuple(map(int, match.groups())), path.name.removeprefix(f"{task}-"), path))
+        version = path.name.removeprefix(f"{task}-")
+        if path.is_dir() and (match := re.fullmatch(r"v(\d+)\.(\d+)", version)):
+            found.append((tuple(map(int, match.groups())), version, path))
     return max(found)[1:] if found else None
 
 
 def read_records(task, path):
-    """Yield (place, record): one for every question of a JSQuAD file, for every line of the other tasks' files."""
+    """Yield (place, record) for every question of a JSQuAD file, every line of another task's."""
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -113,10 +123,10 @@ def read_records(task, path):
         return
     try:
         articles = parse(content, path)["data"]
-        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
-        questions = [{**question, "context": part["context"]} for part in paragraphs for question in part["qas"]]
+        parts = [part for article in articles for part in article["paragraphs"]]
+        questions = [{**qa, "context": part["context"]} for part in parts for qa in part["qas"]]
     except (KeyError, TypeError) as error:
-        fail(f"{path} is not in JSQuAD's form, data > paragraphs > qas ({error!r}). Fetch it again.")
+        fail(f"{path} is not in JSQuAD's form, data > paragraphs > qas ({error!r}). Get it again.")
     for number, question in enumerate(questions, 1):
         yield f"{path} question {number}", question
 
@@ -125,33 +135,35 @@ def parse(text, place):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = f" line {error.lineno}" if "\n" in text else ""
-        fail(f"{place}{line} is not JSON ({error.msg} at column {error.colno}). The file is damaged: fetch it again.")
+        place = f"{place} line {error.lineno}" if "\n" in text else place
+        fail(f"{place} is not JSON ({error.msg} at column {error.colno}). Fetch the file again.")
 
 
 def make_rows(task, split, path):
-    """Return the split's rows. Only a test split may lack the answers; its rows then have no `completion`."""
+    """Return the split's rows. Only a test split may lack answers: rows without `completion`."""
     rows = []
     for place, record in read_records(task, path):
         try:
             name, prompt, answer, gold = PROMPTS[task](record)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            fail(f"{place} does not have {task}'s fields ({error!r}). Is it really JGLUE's file? Fetch it again.")
+            fail(f"{place} does not have {task}'s fields ({error!r}). Fetch JGLUE again.")
         if answer is None and split != "test":
-            fail(f"{place} has no answer. Nothing could be learnt from it or scored: fetch the file again.")
-        rows.append({"id": str(name), "prompt": prompt} | ({} if answer is None else {"completion": answer, **gold}))
+            fail(f"{place} has no answer to learn or to score. Fetch the file again.")
+        row = {"id": str(name), "prompt": prompt}
+        rows.append(row if answer is None else row | {"completion": answer, **gold})
     if not rows:
         fail(f"{path} holds no {task} question. Fetch it again.")
     repeated = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
     if repeated:
-        fail(f"{path} uses the id {repeated[0]} more than once, so answers could not be told apart. Fetch it again.")
+        fail(f"{path} uses the id {repeated[0]} more than once. Fetch it again.")
     return rows
 
 
 def write_rows(path, rows):
     """Write JSON Lines under another name first, so that a killed run leaves no half of a file."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
@@ -160,7 +172,8 @@ def prepare_task(task, found, output_dir):
     version, directory = found
     present = [split for split in SPLITS if (directory / f"{split}-{version}.json").is_file()]
     if not {"train", "valid"} & set(present):
-        fail(f"{directory} holds neither train-{version}.json nor valid-{version}.json. Fetch JGLUE again.")
+        names = f"train-{version}.json nor valid-{version}.json"
+        fail(f"{directory} holds neither {names}. Fetch JGLUE again.")
     for split, ours in SPLITS.items():
         output = output_dir / f"{task}_{ours}.jsonl"
         line = f"{task:<15} {version}  {ours:<11}"
@@ -169,8 +182,9 @@ def prepare_task(task, found, output_dir):
             write_rows(output, rows)
             longest = max(len(row["prompt"] + row.get("completion", "")) for row in rows)
             unanswered = sum("completion" not in row for row in rows)
-            note = f", {unanswered:,} without an answer: to generate from, not to score" if unanswered else ""
-            print(f"{line} {len(rows):>7,} rows, the longest {longest:,} characters{note} -> {output}")
+            note = f", {unanswered:,} without an answer: to generate from, not to score"
+            note = f"the longest {longest:,} characters{note if unanswered else ''}"
+            print(f"{line} {len(rows):>7,} rows, {note} -> {output}")
         elif output.exists():
             output.unlink()  # of an earlier run: the two splits would be of different data
             print(f"{line} not in {directory}; removed {output}, which was of other data")
@@ -183,9 +197,12 @@ def main(argv=None):
     tasks = list(PROMPTS) if args.task == "all" else [args.task]
     found = {task: find_task(args.jglue_dir, task) for task in tasks}
     if not any(found.values()):
+        names = " or ".join(f"{task}-vN.M" for task in tasks)
         there = sorted(path.name for path in (args.jglue_dir / "datasets").glob("*-v*"))
-        fail(f"{args.jglue_dir}/datasets holds no {' or '.join(f'{task}-vN.M' for task in tasks)} "
-             f"(it has {', '.join(there) or 'no data set'}). Give the directory that holds datasets/.")  # fmt: skip
+        fail(
+            f"{args.jglue_dir}/datasets holds no {names} (it has "
+            f"{', '.join(there) or 'no data set'}). Give the directory that holds datasets/."
+        )
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for task, place in found.items():
@@ -194,10 +211,11 @@ def main(argv=None):
             else:
                 print(f"{task:<15} not in {args.jglue_dir}/datasets")
     except OSError as error:
-        fail(f"{error.filename} cannot be read or written ({error.strerror}). Check the path and its permissions.")
+        fail(f"{error.filename} cannot be read or written ({error.strerror}). See ls -l.")
     prepared = f"{args.output_dir}/{next(task for task in tasks if found[task])}"
-    print("next            python ../generate_text/generate_text.py --model_name_or_path MODEL "
-          f"--prompt_file {prepared}_validation.jsonl --output_file {prepared}_generated.jsonl")  # fmt: skip
+    files = f"--prompt_file {prepared}_validation.jsonl --output_file {prepared}_generated.jsonl"
+    command = "python ../generate_text/generate_text.py --model_name_or_path MODEL"
+    print(f"next            {command} {files}")
 
 
 if __name__ == "__main__":

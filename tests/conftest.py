@@ -40,8 +40,14 @@ CONFIGS = {
 ROWS = [
     {"prompt": "質問: 東京から大阪まで新幹線で何時間?\n答え: ", "completion": "約二時間半です。"},
     {"prompt": "質問: 富士山\n答え: ", "completion": "3776m"},
-    {"prompt": "質問: 花子さんは昨日の午後、駅前の書店で何を買いましたか?\n答え: ", "completion": "辞書"},
-    {"prompt": "質問: 空\n答え: ", "completion": "青いと言われることが多いが、夕方には赤くも見える。"},
+    {
+        "prompt": "質問: 花子さんは昨日の午後、駅前の書店で何を買いましたか?\n答え: ",
+        "completion": "辞書",
+    },
+    {
+        "prompt": "質問: 空\n答え: ",
+        "completion": "青いと言われることが多いが、夕方には赤くも見える。",
+    },
     {"prompt": "質問: 猫と犬とではどちらが静かでしょうか?\n答え: ", "completion": "猫"},
     {"prompt": "質問: 水\n答え: ", "completion": "水素と酸素"},
     {"prompt": "質問: 二足す三はいくつですか?\n答え: ", "completion": "五"},
@@ -50,7 +56,11 @@ ROWS = [
 
 @pytest.fixture(scope="session", autouse=True)
 def own_caches(tmp_path_factory):
-    os.environ.update(HF_HOME=str(tmp_path_factory.mktemp("hf")), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        HF_HOME=str(tmp_path_factory.mktemp("hf")),
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
     torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 
@@ -76,7 +86,9 @@ def make_tokenizer(bos=False):
         from tokenizers.processors import TemplateProcessing
 
         tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<s>"
+    )
 
 
 def make_checkpoint(directory, kind, bos=False):
@@ -92,7 +104,9 @@ def make_checkpoint(directory, kind, bos=False):
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 

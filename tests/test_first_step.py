@@ -48,14 +48,20 @@ def test_whole_report_alone_in_an_empty_folder(tmp_path):
     (tmp_path / "first_step.py").write_bytes(SCRIPT.read_bytes())
     command = [sys.executable, "first_step.py", "--seconds", "0.1", "--matrix_size", "256"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PBS_")}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stderr) == (0, "")
     names = [line.split()[0] for line in done.stdout.splitlines()]
     assert [name for name in names if name not in ("gpu", "matmul")][:8] == [
         "host", "cpus", "memory", "job", "deadline", "models", "scratch", "versions",
     ]  # fmt: skip
     assert os.uname().nodename in done.stdout
-    speed = float(re.search(r"matmul +\S+ \(.*\): ([\d,.]+) TFLOP/s in \w+, n = 256", done.stdout)[1].replace(",", ""))
+    speed = float(
+        re.search(r"matmul +\S+ \(.*\): ([\d,.]+) TFLOP/s in \w+, n = 256", done.stdout)[1].replace(
+            ",", ""
+        )
+    )
     assert speed < 5000
 
 
@@ -70,9 +76,13 @@ def test_help_and_a_typo_need_no_torch(tmp_path):
         ("--seconds=nan", 2, "--seconds nan"),
         ("--matrix_size=0", 2, "--matrix_size 0"),
     ):
-        done = subprocess.run([sys.executable, SCRIPT, argument], env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, SCRIPT, argument], env=env, capture_output=True, text=True, timeout=60
+        )
         assert (done.returncode, text in done.stdout + done.stderr) == (code, True), done.stderr
-    done = subprocess.run([sys.executable, SCRIPT], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, SCRIPT], env=env, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     assert done.stderr == (
         "error: torch does not import (broken on purpose). Make the environment first: bash ../jobs/setup_venv.sh\n"
@@ -92,7 +102,10 @@ def test_cpus_and_memory(first_step, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(first_step, "OWN_CGROUPS", tmp_path / "own")
     (tmp_path / "own").write_text("0::/pbs/job/step\n")
     (tmp_path / "pbs/job/step").mkdir(parents=True)
-    for group, cpu, memory in (("pbs/job/step", "max 100000", "max"), ("pbs/job", "150000 100000", str(3 * 1024**3))):
+    for group, cpu, memory in (
+        ("pbs/job/step", "max 100000", "max"),
+        ("pbs/job", "150000 100000", str(3 * 1024**3)),
+    ):
         (tmp_path / group / "cpu.max").write_text(f"{cpu}\n")
         (tmp_path / group / "memory.max").write_text(f"{memory}\n")
     assert "time of 1.5 CPUs (cgroup)" in report(capsys, first_step.report_cpus)
@@ -114,7 +127,11 @@ def test_job_and_deadline(first_step, capsys, monkeypatch, tmp_path):
     assert first_step.job_deadline() == "none (not in a PBS job)"
     nodes = tmp_path / "nodes"
     nodes.write_text("hnode002\nhnode001\nhnode001\n")
-    for name, value in {"PBS_JOBID": "12.pbs1", "PBS_JOBCOOKIE": "secret", "PBS_NODEFILE": str(nodes)}.items():
+    for name, value in {
+        "PBS_JOBID": "12.pbs1",
+        "PBS_JOBCOOKIE": "secret",
+        "PBS_NODEFILE": str(nodes),
+    }.items():
         monkeypatch.setenv(name, value)
     start = datetime.now().replace(microsecond=0) - timedelta(minutes=10)
     job = {
@@ -123,7 +140,9 @@ def test_job_and_deadline(first_step, capsys, monkeypatch, tmp_path):
         "project": "gaa50000",
     }
     answer = json.dumps({"Jobs": {"12.pbs1": job}})
-    qstat_stub(tmp_path, monkeypatch, f"[[ \"$*\" == '-f -F json 12.pbs1' ]] && cat <<'X'\n{answer}\nX")
+    qstat_stub(
+        tmp_path, monkeypatch, f"[[ \"$*\" == '-f -F json 12.pbs1' ]] && cat <<'X'\n{answer}\nX"
+    )
     text = report(capsys, first_step.report_job)
     assert f"{start + timedelta(minutes=90):%Y-%m-%d %H:%M:%S}, 1:19:" in text
     assert "(walltime 01:30:00, group gaa50000)" in text
@@ -196,27 +215,45 @@ def test_driver_without_a_visible_gpu(first_step, capsys, monkeypatch, tmp_path)
     for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("PBS_QUEUE", "rt_HC")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            assert "gpus       none given to this job" in report(capsys, first_step.report_gpus, Torch())
+            assert "gpus       none given to this job" in report(
+                capsys, first_step.report_gpus, Torch()
+            )
 
 
 def test_gpu_lines(first_step, capsys, monkeypatch):
-    card = type("Card", (), {"name": "NVIDIA H200", "major": 9, "minor": 0, "total_memory": 150e9, "uuid": "a-b"})
+    card = type(
+        "Card",
+        (),
+        {"name": "NVIDIA H200", "major": 9, "minor": 0, "total_memory": 150e9, "uuid": "a-b"},
+    )
     limits = {"GPU-a-b": ["500.00 W", "700.00 W"]}
     monkeypatch.setattr(
-        first_step, "ask_nvidia_smi", lambda fields: limits if "power" in fields else {"GPU-a-b": ["580.1"]}
+        first_step,
+        "ask_nvidia_smi",
+        lambda fields: limits if "power" in fields else {"GPU-a-b": ["580.1"]},
     )
     text = report(capsys, first_step.report_gpus, Torch(card))
     assert "driver 580.1" in text
-    assert "gpu 0      NVIDIA H200, compute capability 9.0, 139.7 GiB, power limit 500.00 W (default 700.00 W)" in text
+    assert (
+        "gpu 0      NVIDIA H200, compute capability 9.0, 139.7 GiB, power limit 500.00 W (default 700.00 W)"
+        in text
+    )
     limits.clear()
-    assert "power limit not known (default not known)" in report(capsys, first_step.report_gpus, Torch(card))
+    assert "power limit not known (default not known)" in report(
+        capsys, first_step.report_gpus, Torch(card)
+    )
 
 
 def test_nvidia_smi_is_read(first_step, monkeypatch, tmp_path):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/bash\nprintf 'GPU-1, 500.00 W, 700.00 W\\nGPU-2, 1 W, 2 W\\n'\n")
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/bash\nprintf 'GPU-1, 500.00 W, 700.00 W\\nGPU-2, 1 W, 2 W\\n'\n"
+    )
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert first_step.ask_nvidia_smi("x") == {"GPU-1": ["500.00 W", "700.00 W"], "GPU-2": ["1 W", "2 W"]}
+    assert first_step.ask_nvidia_smi("x") == {
+        "GPU-1": ["500.00 W", "700.00 W"],
+        "GPU-2": ["1 W", "2 W"],
+    }
     (tmp_path / "nvidia-smi").write_text("#!/bin/bash\nexit 9\n")
     assert first_step.ask_nvidia_smi("x") == {}
 
@@ -251,7 +288,9 @@ def test_matmul_counts_right(first_step, capsys):
 
     class WrongTensor(torch.Tensor):
         def __matmul__(self, other):
-            result = torch.Tensor.__matmul__(self.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor))
+            result = torch.Tensor.__matmul__(
+                self.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor)
+            )
             return result if result.ndim == 0 else result + 5
 
     with pytest.raises(SystemExit) as stop:
@@ -265,7 +304,11 @@ def test_storage(first_step, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "not/yet"))
     monkeypatch.setenv("BUILD_CACHE", str(tmp_path))
     text = report(capsys, first_step.report_storage)
-    told = float(re.search(rf"models +{re.escape(str(tmp_path))}/not/yet, ([\d,]+) GiB free", text)[1].replace(",", ""))
+    told = float(
+        re.search(rf"models +{re.escape(str(tmp_path))}/not/yet, ([\d,]+) GiB free", text)[
+            1
+        ].replace(",", "")
+    )
     room = os.statvfs(tmp_path)
     assert abs(told - room.f_bavail * room.f_frsize / 1024**3) < 2
     assert not (tmp_path / "not").exists()

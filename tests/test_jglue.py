@@ -19,7 +19,8 @@ from conftest import ROOT
 JGLUE = ROOT / "jglue"
 SAMPLE = JGLUE / "sample"
 SCRIPTS = {
-    name: runpy.run_path(str(JGLUE / f"{name}.py")) for name in ("make_sample", "prepare_jglue", "evaluate_jglue")
+    name: runpy.run_path(str(JGLUE / f"{name}.py"))
+    for name in ("make_sample", "prepare_jglue", "evaluate_jglue")
 }
 TASKS = ("jsquad", "jcommonsenseqa", "jnli", "jsts")
 
@@ -30,12 +31,16 @@ def read_lines(path):
 
 def write_lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
 def prepare(jglue_dir, output_dir, task="all"):
-    SCRIPTS["prepare_jglue"]["main"]([f"--jglue_dir={jglue_dir}", f"--output_dir={output_dir}", f"--task={task}"])
+    SCRIPTS["prepare_jglue"]["main"](
+        [f"--jglue_dir={jglue_dir}", f"--output_dir={output_dir}", f"--task={task}"]
+    )
 
 
 def evaluate(task, path, *words):
@@ -72,8 +77,14 @@ def prepared(tmp_path_factory):
 
 def test_sample_is_what_its_generator_writes(tmp_path):
     SCRIPTS["make_sample"]["main"](["--output_dir", str(tmp_path)])
-    written = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    committed = {path.relative_to(SAMPLE): path.read_bytes() for path in SAMPLE.rglob("*") if path.is_file()}
+    written = {
+        path.relative_to(tmp_path): path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+    committed = {
+        path.relative_to(SAMPLE): path.read_bytes() for path in SAMPLE.rglob("*") if path.is_file()
+    }
     assert written == committed
     assert sum(map(len, committed.values())) < 2_200_000
     SCRIPTS["make_sample"]["main"](["--output_dir", str(tmp_path), "--seed", "1"])
@@ -81,25 +92,45 @@ def test_sample_is_what_its_generator_writes(tmp_path):
 
 
 def sample_paragraphs(split):
-    document = json.loads((SAMPLE / f"datasets/jsquad-v1.3/{split}-v1.3.json").read_text(encoding="utf-8"))
-    return [(article["title"], part) for article in document["data"] for part in article["paragraphs"]]
+    document = json.loads(
+        (SAMPLE / f"datasets/jsquad-v1.3/{split}-v1.3.json").read_text(encoding="utf-8")
+    )
+    return [
+        (article["title"], part) for article in document["data"] for part in article["paragraphs"]
+    ]
 
 
 def test_sample_is_in_jglue_s_formats():
     fields = {
-        "jcommonsenseqa": ["q_id", "question", "choice0", "choice1", "choice2", "choice3", "choice4", "label"],
+        "jcommonsenseqa": [
+            "q_id",
+            "question",
+            "choice0",
+            "choice1",
+            "choice2",
+            "choice3",
+            "choice4",
+            "label",
+        ],
         "jnli": ["sentence_pair_id", "yjcaptions_id", "sentence1", "sentence2", "label"],
         "jsts": ["sentence_pair_id", "yjcaptions_id", "sentence1", "sentence2", "label"],
     }
     for split in ("train", "valid"):
         for title, part in sample_paragraphs(split):
-            assert list(part) == ["qas", "context"] and part["context"].startswith(f"{title} [SEP] ")
+            assert list(part) == ["qas", "context"] and part["context"].startswith(
+                f"{title} [SEP] "
+            )
             assert 3 <= len(part["qas"]) <= 4
             for question in part["qas"]:
-                assert set(question) == {"question", "id", "answers", "is_impossible"} and not question["is_impossible"]
+                assert (
+                    set(question) == {"question", "id", "answers", "is_impossible"}
+                    and not question["is_impossible"]
+                )
                 for answer in question["answers"]:
                     start = answer["answer_start"]
-                    assert part["context"][start : start + len(answer["text"])] == answer["text"] != ""
+                    assert (
+                        part["context"][start : start + len(answer["text"])] == answer["text"] != ""
+                    )
         for task, names in fields.items():
             rows = read_lines(SAMPLE / f"datasets/{task}-v1.3/{split}-v1.3.json")
             assert 30 <= len(rows) <= 200 and all(list(row) == names for row in rows)
@@ -112,7 +143,11 @@ def test_sample_is_in_jglue_s_formats():
                 assert set(labels) == {"entailment", "contradiction", "neutral"}
                 assert max(labels.values()) < 0.4 * len(rows)
             else:
-                assert min(labels) == 0 and max(labels) == 5 and all(round(5 * label, 9) % 1 == 0 for label in labels)
+                assert (
+                    min(labels) == 0
+                    and max(labels) == 5
+                    and all(round(5 * label, 9) % 1 == 0 for label in labels)
+                )
 
 
 def things_in(context):
@@ -120,7 +155,9 @@ def things_in(context):
     found = {}
     for kind, names in SCRIPTS["make_sample"]["FACT"].items():
         there = [name for name in names if name in context]
-        found[kind] = [name for name in there if not any(name != other and name in other for other in there)]
+        found[kind] = [
+            name for name in there if not any(name != other and name in other for other in there)
+        ]
     assert all(len(names) == 1 for names in found.values()), (context, found)
     return [(kind, names[0]) for kind, names in sorted(found.items())]
 
@@ -133,9 +170,13 @@ def test_validation_shares_no_prompt_and_no_pair_with_training(prepared):
         assert len(pairs[split]) > len(facts)
     assert not pairs["train"] & pairs["valid"]
     known = {thing for pair in pairs["train"] for thing in pair}
-    assert {thing for pair in pairs["valid"] for thing in pair} <= known, "a name that training never shows"
+    assert {thing for pair in pairs["valid"] for thing in pair} <= known, (
+        "a name that training never shows"
+    )
     for task in TASKS:
-        train, valid = (read_lines(prepared / f"{task}_{split}.jsonl") for split in ("train", "validation"))
+        train, valid = (
+            read_lines(prepared / f"{task}_{split}.jsonl") for split in ("train", "validation")
+        )
         assert not {row["prompt"] for row in train} & {row["prompt"] for row in valid}, task
         assert not {row["id"] for row in train} & {row["id"] for row in valid} or task != "jsquad"
     ids = [row["id"] for row in read_lines(prepared / "jsquad_train.jsonl")]
@@ -148,7 +189,9 @@ def bigrams(text):
 
 def test_looking_training_answers_up_does_not_help(prepared):
     """By the same question, by the commonest answer of its kind of question, by the most similar training prompt."""
-    train, valid = (read_lines(prepared / f"jsquad_{split}.jsonl") for split in ("train", "validation"))
+    train, valid = (
+        read_lines(prepared / f"jsquad_{split}.jsonl") for split in ("train", "validation")
+    )
     names = [name for lists in SCRIPTS["make_sample"]["FACT"].values() for name in lists]
     pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
@@ -157,7 +200,9 @@ def test_looking_training_answers_up_does_not_help(prepared):
 
     by_question, by_kind = {}, {}
     for row in train:
-        by_question.setdefault(row["prompt"].split("\n質問：")[1], Counter())[row["completion"]] += 1
+        by_question.setdefault(row["prompt"].split("\n質問：")[1], Counter())[
+            row["completion"]
+        ] += 1
         by_kind.setdefault(kind_of(row), Counter())[row["completion"]] += 1
     kinds = {kind_of(row) for row in valid}
     assert kinds == set(by_kind) and len(kinds) >= 4
@@ -172,16 +217,24 @@ def test_looking_training_answers_up_does_not_help(prepared):
 
     guesses = {
         "question": [
-            by_question.get(row["prompt"].split("\n質問：")[1], by_kind[kind_of(row)]).most_common(1)[0][0]
+            by_question.get(row["prompt"].split("\n質問：")[1], by_kind[kind_of(row)]).most_common(
+                1
+            )[0][0]
             for row in valid
         ],
         "kind": [by_kind[kind_of(row)].most_common(1)[0][0] for row in valid],
         "nearest": [nearest(row) for row in valid[::2]],
     }
     asked_of = {"question": valid, "kind": valid, "nearest": valid[::2]}
-    limits = {"question": 0.2, "kind": 0.2, "nearest": 0.3}  # the last one sees the text, which has the answer in it
+    limits = {
+        "question": 0.2,
+        "kind": 0.2,
+        "nearest": 0.3,
+    }  # the last one sees the text, which has the answer in it
     for name, answers in guesses.items():
-        right = [answer in row["answers"] for answer, row in zip(answers, asked_of[name], strict=True)]
+        right = [
+            answer in row["answers"] for answer, row in zip(answers, asked_of[name], strict=True)
+        ]
         assert sum(right) / len(right) < limits[name], (name, sum(right) / len(right))
 
 
@@ -212,7 +265,12 @@ QUESTION = {
     **{f"choice{n}": text for n, text in enumerate(CHOICES)},
     "label": 2,
 }
-PAIR = {"sentence_pair_id": "3", "yjcaptions_id": "1-2-3", "sentence1": "猫がいます。", "sentence2": "動物がいます。"}
+PAIR = {
+    "sentence_pair_id": "3",
+    "yjcaptions_id": "1-2-3",
+    "sentence1": "猫がいます。",
+    "sentence2": "動物がいます。",
+}
 SQUAD = jsquad_document(
     ("梅雨", "梅雨 [SEP] 梅雨は雨季の一種である。5月から7月に来る。",
      [("q0", "梅雨とは何季か? ", ["雨季", "雨季の一種", "雨季"]), ("q1", "いつか", ["5月", "5月から7月"])]),
@@ -245,7 +303,12 @@ def test_prompts_word_for_word(small, tmp_path, capsys):
                 "completion": "雨季",
                 "answers": ["雨季", "雨季の一種", "雨季"],
             },
-            {"id": "q1", "prompt": f"{text}いつか\n答え：", "completion": "5月", "answers": ["5月", "5月から7月"]},
+            {
+                "id": "q1",
+                "prompt": f"{text}いつか\n答え：",
+                "completion": "5月",
+                "answers": ["5月", "5月から7月"],
+            },
             {
                 "id": "q2",
                 "prompt": "文章：区切りのない段落。\n質問：何がない\n答え：",
@@ -283,8 +346,12 @@ def test_prompts_word_for_word(small, tmp_path, capsys):
     for task, rows in expected.items():
         assert read_lines(tmp_path / "out" / f"{task}_validation.jsonl") == rows
         assert not (tmp_path / "out" / f"{task}_train.jsonl").exists()
-    assert re.search(r"jsquad +v1.3 +validation +3 rows", shown) and re.search(r"jsquad +v1.3 +train +not in", shown)
-    assert "v1.10" in shown and "v1.9" not in shown and "v1.1 " not in shown  # the newest, and no mixture of versions
+    assert re.search(r"jsquad +v1.3 +validation +3 rows", shown) and re.search(
+        r"jsquad +v1.3 +train +not in", shown
+    )
+    assert (
+        "v1.10" in shown and "v1.9" not in shown and "v1.1 " not in shown
+    )  # the newest, and no mixture of versions
 
 
 def test_splits_test_and_stale(small, tmp_path, capsys):
@@ -300,7 +367,9 @@ def test_splits_test_and_stale(small, tmp_path, capsys):
     capsys.readouterr()
     prepare(small, out)
     shown = capsys.readouterr().out
-    assert not (out / "jsquad_train.jsonl").exists() and "removed" in shown  # the sample's would be of other data
+    assert (
+        not (out / "jsquad_train.jsonl").exists() and "removed" in shown
+    )  # the sample's would be of other data
     assert (out / "mine.txt").read_text() == "kept" and not list(out.glob(".*"))
     (row,) = read_lines(out / "jcommonsenseqa_test.jsonl")
     assert set(row) == {"id", "prompt"} and "1 without an answer" in shown
@@ -312,7 +381,10 @@ def test_preparation_refuses(small, tmp_path, capsys):
     assert "not a directory" in refusal(capsys, prepare, tmp_path / "none", out)
     shutil.rmtree(datasets / "jsts-v1.3")
     error = refusal(capsys, prepare, small, out, "jsts")
-    assert "no jsts-vN.M" in error and "it has jcommonsenseqa-v1.1, jcommonsenseqa-v1.3, jnli-v1.10" in error
+    assert (
+        "no jsts-vN.M" in error
+        and "it has jcommonsenseqa-v1.1, jcommonsenseqa-v1.3, jnli-v1.10" in error
+    )
     assert "holds datasets/" in refusal(capsys, prepare, datasets, out)
     prepare(small, out)  # a missing task is said, not fatal, when all are asked for
     assert "jsts            not in" in capsys.readouterr().out
@@ -332,7 +404,11 @@ def test_preparation_refuses(small, tmp_path, capsys):
         ("jcommonsenseqa", json.dumps(QUESTION | {"label": 5}), "label 5"),
         ("jcommonsenseqa", json.dumps(QUESTION | {"choice3": None}), "fields"),
         ("jsquad", json.dumps({"data": [{"title": "x"}]}), "data > paragraphs > qas"),
-        ("jsquad", json.dumps({"data": [{"paragraphs": [{"qas": [3], "context": "x"}]}]}), "data > paragraphs > qas"),
+        (
+            "jsquad",
+            json.dumps({"data": [{"paragraphs": [{"qas": [3], "context": "x"}]}]}),
+            "data > paragraphs > qas",
+        ),
         ("jsquad", json.dumps([1]), "data > paragraphs > qas"),
         ("jsquad", '{"data":\n [', "line 2"),
         ("jsquad", json.dumps({"data": []}), "no jsquad question"),
@@ -348,7 +424,9 @@ def test_preparation_refuses(small, tmp_path, capsys):
     assert "cannot be" in refusal(capsys, prepare, SAMPLE, tmp_path / "file" / "below")
 
 
-@pytest.mark.skipif("JGLUE_DIR" not in os.environ, reason="JGLUE_DIR does not name a checkout of JGLUE")
+@pytest.mark.skipif(
+    "JGLUE_DIR" not in os.environ, reason="JGLUE_DIR does not name a checkout of JGLUE"
+)
 def test_real_jglue(tmp_path):
     source = Path(os.environ["JGLUE_DIR"])
     prepare(source, tmp_path)
@@ -358,11 +436,17 @@ def test_real_jglue(tmp_path):
         if task == "jsquad":
             articles = json.loads(newest.read_text(encoding="utf-8"))["data"]
             records = [
-                (part["context"], q) for article in articles for part in article["paragraphs"] for q in part["qas"]
+                (part["context"], q)
+                for article in articles
+                for part in article["paragraphs"]
+                for q in part["qas"]
             ]
             for row, (context, question) in zip(rows, records, strict=True):
                 title, body = context.split(" [SEP] ", 1)
-                assert f"題名：{title}\n文章：{body}\n質問：{question['question'].strip()}\n答え：" == row["prompt"]
+                assert (
+                    f"題名：{title}\n文章：{body}\n質問：{question['question'].strip()}\n答え："
+                    == row["prompt"]
+                )
                 assert row["completion"] in context and row["completion"] in row["answers"]
                 assert row["answers"] == [answer["text"] for answer in question["answers"]]
         else:
@@ -398,7 +482,10 @@ def test_jsquad_scores(tmp_path):
         ("\n東京\n質問：次は", ["東京"], 1, 1),  # only the first line is the answer
         ("東京 質問", ["東京"], 0, 4 / 7),  # a space is a character
     ]
-    rows = [{"id": str(n), "answers": golds, "generated_text": text} for n, (text, golds, _, _) in enumerate(cases)]
+    rows = [
+        {"id": str(n), "answers": golds, "generated_text": text}
+        for n, (text, golds, _, _) in enumerate(cases)
+    ]
     for row, (text, golds, exact, f1) in zip(rows, cases, strict=True):
         result = scores(tmp_path, "jsquad", [row])
         assert (result["exact_match"], result["f1"]) == (exact, pytest.approx(f1)), (text, golds)
@@ -432,25 +519,53 @@ def test_jsquad_scores_of_random_strings(tmp_path):
         return "".join(rng.choices("東京大阪AbC12", k=rng.randint(1, 8)))
 
     rows = [
-        {"id": str(n), "answers": [text() for _ in range(rng.randint(1, 3))], "generated_text": text()}
+        {
+            "id": str(n),
+            "answers": [text() for _ in range(rng.randint(1, 3))],
+            "generated_text": text(),
+        }
         for n in range(300)
     ]
-    best = [max(slow_f1(row["generated_text"].lower(), gold.lower()) for gold in row["answers"]) for row in rows]
-    assert scores(tmp_path, "jsquad", rows)["f1"] == pytest.approx(statistics.fmean(best), abs=1e-12)
+    best = [
+        max(slow_f1(row["generated_text"].lower(), gold.lower()) for gold in row["answers"])
+        for row in rows
+    ]
+    assert scores(tmp_path, "jsquad", rows)["f1"] == pytest.approx(
+        statistics.fmean(best), abs=1e-12
+    )
 
 
 def test_accuracy_and_what_cannot_be_read(tmp_path, capsys):
     choices = ["掲示板", "パソコン", "マザーボード", "2号", "まな板"]
     cases = [  # generated text, what it is read as
-        *((text, 2) for text in ("2", "２", " 2\n", "2：マザーボード", "2番です", "マザーボード", "マザーボード。")),
+        *(
+            (text, 2)
+            for text in (
+                "2",
+                "２",
+                " 2\n",
+                "2：マザーボード",
+                "2番です",
+                "マザーボード",
+                "マザーボード。",
+            )
+        ),
         *(("まな板", 4), ("4", 4), ("0", 0)),
         *((text, None) for text in ("10", "2.5", "5", "", "わからない", "ボード", "答えは2")),
     ]
-    rows = [{"id": str(n), "choices": choices, "label": 2, "generated_text": text} for n, (text, _) in enumerate(cases)]
+    rows = [
+        {"id": str(n), "choices": choices, "label": 2, "generated_text": text}
+        for n, (text, _) in enumerate(cases)
+    ]
     result = scores(tmp_path, "jcommonsenseqa", rows)
     assert result["accuracy"] == pytest.approx(sum(read == 2 for _, read in cases) / len(cases))
-    assert result["unreadable"] == sum(read is None for _, read in cases) and result["commonest_label"] == 1
-    for number, (text, read) in enumerate(cases):  # each one is right exactly with the label it is read as
+    assert (
+        result["unreadable"] == sum(read is None for _, read in cases)
+        and result["commonest_label"] == 1
+    )
+    for number, (text, read) in enumerate(
+        cases
+    ):  # each one is right exactly with the label it is read as
         for label in range(5):
             one = scores(tmp_path, "jcommonsenseqa", [rows[number] | {"label": label}])
             assert one["accuracy"] == (label == read), (text, label)
@@ -458,20 +573,38 @@ def test_accuracy_and_what_cannot_be_read(tmp_path, capsys):
         ("含意", "entailment"), ("矛盾です。", "contradiction"), ("neutral", "neutral"), ("Entailment", "entailment"),
         ("含意、矛盾、中立", None), ("", None), ("はい", None), ("中立\n含意", "neutral"),
     ]  # fmt: skip
-    labels = ["entailment", "contradiction", "neutral", "entailment", "neutral", "neutral", "neutral", "entailment"]
+    labels = [
+        "entailment",
+        "contradiction",
+        "neutral",
+        "entailment",
+        "neutral",
+        "neutral",
+        "neutral",
+        "entailment",
+    ]
     rows = [
         {"id": n, "label": label, "generated_text": text}
         for n, (label, (text, _)) in enumerate(zip(labels, cases, strict=True))
     ]
     result = scores(tmp_path, "jnli", rows)
-    assert (result["accuracy"], result["unreadable"], result["commonest_label"]) == (4 / 8, 3, 4 / 8)
+    assert (result["accuracy"], result["unreadable"], result["commonest_label"]) == (
+        4 / 8,
+        3,
+        4 / 8,
+    )
     shown = capsys.readouterr().out
-    assert "3 of 8 texts could not be read as an answer; they count as wrong" in shown and "0.5000" in shown
+    assert (
+        "3 of 8 texts could not be read as an answer; they count as wrong" in shown
+        and "0.5000" in shown
+    )
 
 
 def rank(values):
     """Ranks by counting: equal values share the mean of the places they take."""
-    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
+    return [
+        sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values
+    ]
 
 
 def test_correlations(tmp_path, capsys):
@@ -486,7 +619,9 @@ def test_correlations(tmp_path, capsys):
     result = scores(tmp_path, "jsts", rows)
     assert 0.5 < result["pearson"] < 1 and result["unreadable"] == 0
     assert result["pearson"] == pytest.approx(statistics.correlation(answers, golds), abs=1e-9)
-    assert result["spearman"] == pytest.approx(statistics.correlation(rank(answers), rank(golds)), abs=1e-9)
+    assert result["spearman"] == pytest.approx(
+        statistics.correlation(rank(answers), rank(golds)), abs=1e-9
+    )
     spoilt = {0: "", 1: "とても近い", 2: "5.1", 3: "-1", 4: "10", 5: "３．０点\n1.0"}
     for n, text in spoilt.items():
         rows[n]["generated_text"] = text
@@ -495,7 +630,9 @@ def test_correlations(tmp_path, capsys):
     result = scores(tmp_path, "jsts", rows)
     assert result["unreadable"] == 5 and "they count as 2.5" in capsys.readouterr().out
     assert result["pearson"] == pytest.approx(statistics.correlation(answers, golds), abs=1e-9)
-    assert result["spearman"] == pytest.approx(statistics.correlation(rank(answers), rank(golds)), abs=1e-9)
+    assert result["spearman"] == pytest.approx(
+        statistics.correlation(rank(answers), rank(golds)), abs=1e-9
+    )
     same = scores(tmp_path, "jsts", [row | {"generated_text": "x"} for row in rows])
     assert same["pearson"] is None and same["spearman"] is None and same["unreadable"] == 200
     assert "undefined" in capsys.readouterr().out
@@ -504,9 +641,19 @@ def test_correlations(tmp_path, capsys):
 def test_right_answers_score_one(prepared, tmp_path):
     for task in TASKS:
         rows = read_lines(prepared / f"{task}_validation.jsonl")
-        result = scores(tmp_path, task, [row | {"generated_text": row["completion"]} for row in rows])
-        values = [result[name] for name in ("exact_match", "f1", "accuracy", "pearson", "spearman") if name in result]
-        assert values == pytest.approx([1] * len(values)) and result["unreadable"] == 0 and result["rows"] == len(rows)
+        result = scores(
+            tmp_path, task, [row | {"generated_text": row["completion"]} for row in rows]
+        )
+        values = [
+            result[name]
+            for name in ("exact_match", "f1", "accuracy", "pearson", "spearman")
+            if name in result
+        ]
+        assert (
+            values == pytest.approx([1] * len(values))
+            and result["unreadable"] == 0
+            and result["rows"] == len(rows)
+        )
         if task != "jsts":  # answers of other questions score about as badly as a guess
             shifted = [
                 row | {"generated_text": other["completion"]}
@@ -518,15 +665,22 @@ def test_right_answers_score_one(prepared, tmp_path):
 
 def test_scoring_refuses(prepared, tmp_path, capsys):
     path = tmp_path / "p.jsonl"
-    good = {task: read_lines(prepared / f"{task}_validation.jsonl")[0] | {"generated_text": "x"} for task in TASKS}
+    good = {
+        task: read_lines(prepared / f"{task}_validation.jsonl")[0] | {"generated_text": "x"}
+        for task in TASKS
+    }
     for task in TASKS:
         for other in set(TASKS) - {task}:
             write_lines(path, [good[other]])
             assert f"--task {other}" in refusal(capsys, evaluate, task, path)
-        write_lines(path, [{name: value for name, value in good[task].items() if name != "generated_text"}])
+        write_lines(
+            path, [{name: value for name, value in good[task].items() if name != "generated_text"}]
+        )
         assert "line 1 has no text in `generated_text`" in refusal(capsys, evaluate, task, path)
         for spoilt in ({"generated_text": None}, {"generated_text": 3}):
-            assert "generated_text" in refusal(capsys, evaluate, task, write_lines(path, [good[task] | spoilt]))
+            assert "generated_text" in refusal(
+                capsys, evaluate, task, write_lines(path, [good[task] | spoilt])
+            )
         bare = {"id": "1", "prompt": "x", "generated_text": "y"}
         assert "prepare_jglue.py" in refusal(capsys, evaluate, task, write_lines(path, [bare]))
         unnamed = {name: value for name, value in good[task].items() if name != "id"}
@@ -534,7 +688,9 @@ def test_scoring_refuses(prepared, tmp_path, capsys):
         write_lines(path, [good[task], good[task] | {"id": "other"}, good[task]])
         assert "line 3" in refusal(capsys, evaluate, task, path)
     for spoilt in ({"answers": []}, {"answers": "x"}, {"answers": [1]}):
-        assert "jsquad answers" in refusal(capsys, evaluate, "jsquad", write_lines(path, [good["jsquad"] | spoilt]))
+        assert "jsquad answers" in refusal(
+            capsys, evaluate, "jsquad", write_lines(path, [good["jsquad"] | spoilt])
+        )
     for spoilt in ({"label": 5}, {"label": "2"}, {"label": None}, {"choices": ["a"]}):
         write_lines(path, [good["jcommonsenseqa"] | spoilt])
         assert "error" in refusal(capsys, evaluate, "jcommonsenseqa", path)
@@ -549,13 +705,16 @@ def test_scoring_refuses(prepared, tmp_path, capsys):
     assert "cannot be read" in refusal(capsys, evaluate, "jnli", tmp_path / "none.jsonl")
     assert "cannot be read" in refusal(capsys, evaluate, "jnli", tmp_path)
     write_lines(path, [good["jnli"]])
-    assert "cannot be written" in refusal(capsys, evaluate, "jnli", path, f"--output_file={path}/below.json")
+    assert "cannot be written" in refusal(
+        capsys, evaluate, "jnli", path, f"--output_file={path}/below.json"
+    )
 
 
 def test_alone_in_an_empty_folder(prepared, tmp_path):
     """Copies of the scripts need nothing of the project but data, and --help is quick."""
     write_lines(
-        tmp_path / "p.jsonl", [row | {"generated_text": "1"} for row in read_lines(prepared / "jsts_validation.jsonl")]
+        tmp_path / "p.jsonl",
+        [row | {"generated_text": "1"} for row in read_lines(prepared / "jsts_validation.jsonl")],
     )
     runs = {
         "make_sample": ["--output_dir", "made"],
@@ -564,8 +723,12 @@ def test_alone_in_an_empty_folder(prepared, tmp_path):
     }
     for name, arguments in runs.items():
         copy = shutil.copy(JGLUE / f"{name}.py", tmp_path)
-        done = subprocess.run([sys.executable, copy, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, copy, *arguments], cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0 and done.stdout, done.stderr
-        typo = subprocess.run([sys.executable, copy, "--tsk", "x"], cwd=tmp_path, capture_output=True, text=True)
+        typo = subprocess.run(
+            [sys.executable, copy, "--tsk", "x"], cwd=tmp_path, capture_output=True, text=True
+        )
         assert typo.returncode == 2 and "error:" in typo.stderr and "Traceback" not in typo.stderr
     assert len(read_lines(tmp_path / "out" / "jnli_train.jsonl")) > 100
