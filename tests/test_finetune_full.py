@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -17,10 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
     AddedToken,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaForCausalLM,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
