@@ -250,7 +250,7 @@ def load_model(script, training, tokenizer, resume):
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in chosen
     if script.train == "new_tokens":
-        train_rows(model, tokenizer.convert_tokens_to_ids(split(script.new_tokens)))
+        train_rows(model, tokenizer.convert_tokens_to_ids(script.new_tokens))
     others = f" and {len(chosen) - 3} more (see show_model.py)" if len(chosen) > 3 else ""
     say("trained", f"{', '.join(chosen[-3:])}{others}; all else is frozen")
     return model
@@ -326,36 +326,26 @@ def train_rows(model, rows):
 
 def check_tokens(script, tokenizer, examples):
     """Refuse --new_tokens that the tokenizer does not have, or that nothing would teach."""
-    if not script.new_tokens:
-        return
-    seen = {token for ids in examples["input_ids"] for token in ids}
-    for token in split(script.new_tokens):
+    seen = {token for ids in examples["input_ids"] for token in ids} if script.new_tokens else ()
+    for token in script.new_tokens:
         row, problem = tokenizer.get_vocab().get(token), f"--new_tokens {token}:"
-        check(
-            row is not None,
-            f"{problem} no such token. ../finetune_lastlayer/add_tokens.py adds it.",
-        )
+        check(row is not None, f"{problem} ../finetune_lastlayer/add_tokens.py must add it first.")
         check(row in seen, f"{problem} it does not occur in the training data.")
         say("row", f"{token} = {row}")
 
 
-def split(names):
-    return [name.strip() for name in (names or "").split(",") if name.strip()]
-
-
 def check_method(script, training):
-    """Refuse what cannot work, before data and weights are loaded."""
-    has_rows = script.train == "new_tokens"
-    together = '--train new_tokens and --new_tokens "<a>,<b>" go together.'
-    check(has_rows == bool(split(script.new_tokens)), together)
-    # Others move rows that get no gradient, too.
-    exact = (
-        training.optim in ("adamw_torch", "adamw_torch_fused", "sgd") and not training.weight_decay
-    )
+    """Refuse what cannot work, before data and weights are loaded; NAME,NAME becomes a list."""
+    names = (script.new_tokens or "").split(",")
+    script.new_tokens = [name.strip() for name in names if name.strip()]
+    has_rows, optimizer = script.train == "new_tokens", training.optim
     check(
-        exact or not has_rows,
-        "--train new_tokens needs --weight_decay 0 and an --optim adamw_torch_fused.",
+        has_rows == bool(script.new_tokens),
+        '--train new_tokens and --new_tokens "<a>,<b>" go together.',
     )
+    # Others move rows that get no gradient, too.
+    exact = training.weight_decay == 0 and optimizer in ("adamw_torch_fused", "adamw_torch", "sgd")
+    check(exact or not has_rows, "new tokens need --weight_decay 0 and --optim adamw_torch_fused.")
     if is_deepspeed_zero3_enabled():
         return  # the twin below would be spread over the GPUs; load_model finds the same errors
     remote = {"trust_remote_code": script.trust_remote_code}

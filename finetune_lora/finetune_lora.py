@@ -255,6 +255,17 @@ def load_model(script, training, tokenizer, resume):
         **options,
     )
     check_model(script, tokenizer, model, info)
+    quantised = [m for m in model.modules() if type(m).__module__ == "bitsandbytes.nn.modules"]
+    for layer in quantised:
+        layer.support_avx512bf16_for_cpu = False  # or an evaluation on a CPU spoils the training
+    bits = 8 if script.load_in_8bit else 4
+    is_good = quantised or "quantization_config" not in options
+    check(is_good, f"no layer was quantised: leave --load_in_{bits}bit out.")
+    kind = f"{len(quantised)} layers in {bits} bit, else " if quantised else ""
+    memory = f"{model.get_memory_footprint() / 2**20:,.1f} MiB"
+    say("base", f"{kind}{script.precision}; frozen; {memory}")
+    if Path(script.model_name_or_path).is_dir():  # so that the adapter finds it from anywhere
+        model.name_or_path = str(Path(script.model_name_or_path).resolve())
     return add_adapter(script, training, tokenizer, model)
 
 
@@ -263,24 +274,25 @@ def add_adapter(script, training, tokenizer, model):
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    check_base(script, model)
-    targets = script.lora_target_modules
-    if targets == "none":
+    if script.lora_target_modules == ["none"]:
         targets = DUMMY_TARGET_MODULES  # matches no layer
-    elif targets != "all-linear":
-        targets = find_modules(model, "lora_target_modules", targets)
-    rows = tokenizer.convert_tokens_to_ids(split(script.new_tokens))
-    ends = [model.get_input_embeddings()]
-    if not model.config.tie_word_embeddings:
-        ends.append(model.get_output_embeddings())
+    elif script.lora_target_modules == ["all-linear"]:
+        targets = "all-linear"
+    else:
+        targets = find_modules(model, script, "lora_target_modules")
+    # A file may hold a head of its own in spite of its configuration, as Falcon's does.
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    model.config.tie_word_embeddings = head.weight is embedding.weight
+    ends = [embedding] if head.weight is embedding.weight else [embedding, head]
     ends = [name for name, module in model.named_modules() if module in ends]
+    rows = tokenizer.convert_tokens_to_ids(script.new_tokens)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=script.lora_r,
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
         target_modules=targets,
-        modules_to_save=find_modules(model, "modules_to_save", script.modules_to_save),
+        modules_to_save=find_modules(model, script, "modules_to_save"),
         trainable_token_indices=dict.fromkeys(ends, rows) if rows else None,
     )
     warnings.filterwarnings("ignore", module="peft|transformers")  # of what PEFT mends itself
@@ -292,89 +304,61 @@ def add_adapter(script, training, tokenizer, model):
     layers = model.base_model.targeted_module_names
     names = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
     say("adapter", f"LoRA of rank {script.lora_r} on {len(layers)} layers ({names or 'none'})")
-    if script.modules_to_save:
+    if config.modules_to_save:
         say("whole", ", ".join(config.modules_to_save))
     return model
 
 
-def find_modules(model, option, names):
-    """The full names of the modules that NAME,NAME means, by their name or the end of it."""
+def find_modules(model, script, option):
+    """The full names of the modules that an option names, by their name or the end of it."""
     linear, fitting, found = (torch.nn.Linear, transformers.pytorch_utils.Conv1D), [], []
     for name, module in model.named_modules():
         weights = [*module.parameters()]
-        is_quantised = not all(weight.is_floating_point() for weight in weights)
         if option == "lora_target_modules":
             fits = isinstance(module, linear) and module is not model.get_output_embeddings()
-        else:
-            fits = name and weights and not is_quantised
+        else:  # what is quantised cannot be trained
+            fits = name and weights and all(weight.is_floating_point() for weight in weights)
         if fits:
             fitting.append(name)
     ends = sorted({name.rpartition(".")[2] for name in fitting})
-    for end in split(names):
+    for end in getattr(script, option):
         new = [name for name in fitting if f".{name}".endswith(f".{end}")]
         check(new, f"--{option} {end}: it can be {', '.join(ends)}.")
         found += new
-    inside = tuple(f"{name}." for name in found)
-    nested = [name for name in found if name.startswith(inside)]
-    check(not nested, f"--{option}: {', '.join(nested)} stands inside another one. Leave it out.")
+    inside = [name for name in found if name.startswith(tuple(f"{outer}." for outer in found))]
+    check(not inside, f"--{option}: {', '.join(inside)} stands inside another one. Leave it out.")
     return found or None
-
-
-def check_base(script, model):
-    """Say what the frozen base is; refuse one that takes its full memory after all."""
-    quantised = [m for m in model.modules() if type(m).__module__ == "bitsandbytes.nn.modules"]
-    bits = 8 if script.load_in_8bit else 4
-    is_full = not (quantised or script.load_in_8bit or script.load_in_4bit)
-    check(quantised or is_full, f"no layer was quantised: leave --load_in_{bits}bit out.")
-    for layer in quantised:
-        layer.support_avx512bf16_for_cpu = False  # or an evaluation on a CPU spoils the training
-    # A file may hold a head of its own in spite of its configuration, as Falcon's does.
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    model.config.tie_word_embeddings = head.weight is embedding.weight
-    if Path(script.model_name_or_path).is_dir():  # so that the adapter finds it from anywhere
-        model.name_or_path = str(Path(script.model_name_or_path).resolve())
-    memory = model.get_memory_footprint() / 2**20
-    kind = f"{len(quantised)} layers in {bits} bit, else " if quantised else ""
-    say("base", f"{kind}{script.precision}; frozen; {memory:,.1f} MiB")
 
 
 # Copied from finetune_lastlayer/finetune_lastlayer.py
 def check_tokens(script, tokenizer, examples):
     """Refuse --new_tokens that the tokenizer does not have, or that nothing would teach."""
-    if not script.new_tokens:
-        return
-    seen = {token for ids in examples["input_ids"] for token in ids}
-    for token in split(script.new_tokens):
+    seen = {token for ids in examples["input_ids"] for token in ids} if script.new_tokens else ()
+    for token in script.new_tokens:
         row, problem = tokenizer.get_vocab().get(token), f"--new_tokens {token}:"
-        check(
-            row is not None,
-            f"{problem} no such token. ../finetune_lastlayer/add_tokens.py adds it.",
-        )
+        check(row is not None, f"{problem} ../finetune_lastlayer/add_tokens.py must add it first.")
         check(row in seen, f"{problem} it does not occur in the training data.")
         say("row", f"{token} = {row}")
 
 
-# Copied from finetune_lastlayer/finetune_lastlayer.py
-def split(names):
-    return [name.strip() for name in (names or "").split(",") if name.strip()]
-
-
 def check_method(script, training):
-    """Refuse what cannot work, or would only seem to, before anything is loaded."""
+    """Refuse what cannot work, or would only seem to; NAME,NAME becomes a list."""
     for name in ("lora_target_modules", "modules_to_save", "new_tokens"):
         value = getattr(script, name)
-        check(value is None or split(value), f"--{name} names nothing. Give NAME,NAME.")
+        names = [part.strip() for part in (value or "").split(",") if part.strip()]
+        check(names or value is None, f"--{name} names nothing. Give NAME,NAME.")
+        setattr(script, name, names)
     good = script.lora_r > 0 and 0 < script.lora_alpha < math.inf and 0 <= script.lora_dropout < 1
     check(good, "--lora_r, --lora_alpha: above 0; --lora_dropout: at least 0 and below 1.")
-    trains = script.lora_target_modules != "none" or script.modules_to_save or script.new_tokens
+    trains = script.lora_target_modules != ["none"] or script.modules_to_save or script.new_tokens
     check(trains, "--lora_target_modules none trains nothing without --modules_to_save NAME.")
     check(not (script.load_in_8bit and script.load_in_4bit), "--load_in_8bit or --load_in_4bit?")
     quantised = script.load_in_8bit or script.load_in_4bit
     for package in ["peft", "bitsandbytes"] if quantised else ["peft"]:
         check(find_spec(package), f"a package is missing. Type: pip install {package}")
-    if script.load_in_8bit and training.device.type == "cuda":
-        can = torch.cuda.get_device_capability() >= (7, 5)
-        check(can, "--load_in_8bit goes wrong on this GPU: use --load_in_4bit true, or fp16.")
+    is_old = training.device.type == "cuda" and torch.cuda.get_device_capability() < (7, 5)
+    good = not (script.load_in_8bit and is_old)
+    check(good, "--load_in_8bit goes wrong on this GPU: use --load_in_4bit true, or fp16.")
     impossible = is_deepspeed_zero3_enabled() and (quantised or script.new_tokens)
     check(not impossible, "ZeRO-3 parts no quantised base and no new tokens. Use zero2.json.")
 

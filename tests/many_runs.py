@@ -1,10 +1,11 @@
-"""Test helper: many_runs.py SCRIPT RUNS.json calls SCRIPT's main() once for each list of arguments.
+"""Test helper: many_runs.py SCRIPT RUNS.json calls SCRIPT's main() for each list of arguments.
 
-A list that starts with NAME.py is for that script instead. With OUTCOMES=FILE a run that ends with an error does not
-end the others; FILE gets one JSON line per run, and under DeepSpeed each output directory gets gathered.pt.
+A list that starts with NAME.py is for that script instead. With OUTCOMES=FILE a run that ends with
+an error does not end the others; FILE gets one JSON line per run, and under DeepSpeed each output
+directory gets gathered.pt.
 
-With DS_ACCELERATOR=cpu, accelerate is told what it cannot find out without a GPU, so that DeepSpeed runs on CPU
-processes over gloo. The scripts themselves carry no trace of this.
+With DS_ACCELERATOR=cpu, accelerate is told what it cannot find out without a GPU, so that DeepSpeed
+runs on CPU processes over gloo. The scripts themselves carry no trace of this.
 """
 
 import contextlib
@@ -17,19 +18,27 @@ import time
 import traceback
 from pathlib import Path
 
-if os.environ.get("DS_ACCELERATOR") == "cpu" and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+import transformers.modeling_utils
+
+if (
+    os.environ.get("DS_ACCELERATOR") == "cpu"
+    and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+):
     import accelerate.state
     import torch
     import transformers.training_args
     from accelerate.utils import DistributedType
 
-    accelerate.state.PartialState._prepare_backend = lambda self, *a, **k: ("gloo", DistributedType.NO)
+    accelerate.state.PartialState._prepare_backend = lambda self, *a, **k: (
+        "gloo",
+        DistributedType.NO,
+    )
     accelerate.state.PartialState.default_device = property(lambda self: torch.device("cpu"))
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def gather(trainer):
-    """What DeepSpeed has trained, {name: tensor}, from the optimizer's own fp32 copies where there are any.
+    """What DeepSpeed has trained, {name: tensor}, from the optimizer's own fp32 copies if any.
 
     Not by the way in which Trainer saves: a fault there must show as a difference.
     """
@@ -41,12 +50,20 @@ def gather(trainer):
     for name, parameter in trainer.model.named_parameters():
         with GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
             whole = parameter.detach().clone()
-        # Where rows are trained, weight decay moves the others in the fp32 copy; the model itself is put right.
-        if parameter.requires_grad and not hasattr(parameter, "trained_rows"):
+        if parameter.requires_grad:
             whole = safe_get_full_fp32_param(parameter).clone()
         found[name] = whole
     if trainer.is_world_process_zero():
         torch.save(found, Path(trainer.args.output_dir) / "gathered.pt")
+
+
+def gather_and_save(module):
+    def save_results(trainer, *more):
+        if trainer.is_deepspeed_enabled:
+            gather(trainer)
+        module.save(trainer, *more)
+
+    return save_results
 
 
 def run(script, arguments):
@@ -54,10 +71,10 @@ def run(script, arguments):
     sys.path.insert(0, str(script.parent))
     module = importlib.import_module(script.stem)
     if hasattr(module, "save_results") and not hasattr(module, "save"):
-        module.draw_loss = lambda *_: None  # slower than training here
-        module.save, module.save_results = module.save_results, lambda t: (t.is_deepspeed_enabled and gather(t),
-                                                                           module.save(t))  # fmt: skip
-    errors = io.StringIO()
+        module.save, module.save_results = module.save_results, gather_and_save(module)
+    # What a run under ZeRO-3 puts around it must not be around the next run's, too.
+    library, errors = transformers.modeling_utils, io.StringIO()
+    equal = library._tied_params_are_equal
     with contextlib.redirect_stderr(errors):
         try:
             module.main(arguments)
@@ -66,6 +83,8 @@ def run(script, arguments):
         except Exception:
             print(traceback.format_exc(), flush=True)
             return traceback.format_exc().strip().splitlines()[-1]
+        finally:
+            library._tied_params_are_equal = equal
     return ""
 
 

@@ -1,19 +1,24 @@
 #!/usr/bin/env python3
-"""Run whole grids of combinations, print each as a table and write them to tests/matrix.md. Not part of pytest.
+"""Run whole grids of combinations, print each as a table and write them to tests/matrix.md.
 
-deepspeed   five configurations x three scripts x five architectures, two CPU processes. A cell is ok when
+Not part of pytest.
+
+deepspeed   five configurations x three scripts x five architectures, two CPU processes. A cell is
+            ok when
             - the losses of 20 steps are those of one process without DeepSpeed (within 0.1 %),
             - what was saved equals what was trained, and nothing is missing or empty,
             - loaded without DeepSpeed it has the loss that the run reported,
-            - going on from the checkpoint of step 10 gives the losses of the run that was not interrupted.
+            - going on from the checkpoint of step 10 gives the losses of the run that was not
+              interrupted.
 
-combinations  optimizers, quantised bases and rows under each configuration, compared in the same way
+combinations  optimizers, quantised bases and rows under each configuration, compared so, too
 
-seven       the seven models of README and three of today's, small but with their own switches, tokenizers and files,
-            x every method: each cell compares with an independent calculation (seven_grid.py), or is refused on purpose
+seven       the seven models of README and three of today's, small but with their own switches,
+            tokenizers and files, x every method: each cell compares with an independent calculation
+            (seven_grid.py), or is refused on purpose
 
 By hand     python tests/matrix.py                        everything; 13 minutes on two cores
-            python tests/matrix.py --only 'zero3 .* mpt'  the cells whose name this regular expression is found in
+            python tests/matrix.py --only 'zero3 .* mpt'  the cells with this regular expression
 """
 
 import argparse
@@ -30,7 +35,6 @@ import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from unittest import mock
 
 import seven_grid
 import torch
@@ -51,13 +55,13 @@ def script_path(name):
 
 
 def launch(runs, folder, note=None):
-    """Run [SCRIPT, ARGUMENT, ...] lists with two CPU processes that can DeepSpeed; return each run's error or ""."""
+    """Run [SCRIPT, ARGUMENT, ...] lists with two CPU processes; return each one's error or ""."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "runs.json").write_text(json.dumps([[str(word) for word in run] for run in runs]))
     outcomes = folder / "outcomes.jsonl"
     outcomes.write_text("")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               ROOT / "tests" / "many_runs.py", "runs", folder / "runs.json"]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", ROOT / "tests" / "many_runs.py", "runs", folder / "runs.json"]  # fmt: skip
     settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
@@ -70,7 +74,8 @@ def launch(runs, folder, note=None):
                 done = len(outcomes.read_text().splitlines())
                 note(done)
     errors = [json.loads(line)["error"] for line in outcomes.read_text().splitlines()]
-    return errors + [f"the launch ended early, see {folder / 'log.txt'}"] * (len(runs) - len(errors))
+    missing = len(runs) - len(errors)
+    return errors + [f"the launch ended early, see {folder / 'log.txt'}"] * missing
 
 
 # ---- DeepSpeed: what a run is compared with ----
@@ -87,23 +92,34 @@ def prepare(folder, kinds):
         make_checkpoint(folder / "models" / kind, kind)
 
 
+def prepare_tokens(folder, kind):
+    """models/KIND_tokens: that model with the tokens of NEW, by the step that adds them."""
+    models, tokens = folder / "models", NEW[1]
+    with contextlib.redirect_stdout(io.StringIO()):
+        load_script(ROOT / "finetune_lastlayer" / "add_tokens.py").main(
+            ["--model_name_or_path", str(models / kind), "--new_tokens", tokens,
+             "--output_dir", str(models / f"{kind}_tokens")])  # fmt: skip
+
+
 def arguments(folder, script, kind, batch, steps):
     """20 steps of 4 examples, in the order of the file; the models have no dropout."""
-    return ["--model_name_or_path", folder / "models" / kind, "--train_file", folder / "train.jsonl",
-            "--validation_file", folder / "train.jsonl", "--learning_rate", RATES[script], "--logging_steps", 1,
-            "--max_steps", steps, "--save_steps", steps // 2, "--train_sampling_strategy", "sequential",
+    data = folder / "train.jsonl"
+    return ["--model_name_or_path", folder / "models" / kind, "--train_file", data,
+            "--validation_file", data, "--learning_rate", RATES[script], "--logging_steps", 1,
+            "--max_steps", steps, "--save_steps", steps // 2,
+            "--train_sampling_strategy", "sequential",
             "--per_device_train_batch_size", batch]  # fmt: skip
 
 
 def alone(folder, script, kind, more=(), steps=20):
     """What one process without DeepSpeed makes of it; return the directory of the result."""
     out = folder / "alone" / script / kind / "-".join(map(str, more))
-    words = [*arguments(folder, script, kind, 4, steps), *more, "--save_strategy", "no", "--output_dir", out]
+    words = [*arguments(folder, script, kind, 4, steps), *more]
+    words += ["--save_strategy", "no", "--output_dir", out]
     if (out / "all_results.json").is_file():
         return out
-    module = load_script(script_path(script))
-    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(module, "draw_loss"):  # slower than training
-        module.main([str(word) for word in words])
+    with contextlib.redirect_stdout(io.StringIO()):
+        load_script(script_path(script)).main([str(word) for word in words])
     return out
 
 
@@ -113,7 +129,10 @@ def together(folder, config, script, kind, more=(), steps=20):
     words = [script_path(script), *arguments(folder, script, kind, 2, steps), *more]
     words += ["--deepspeed", ROOT / "deepspeed_configs" / f"{config}.json"]
     resume = ["--resume_from_checkpoint", out / "whole" / f"checkpoint-{steps // 2}"]
-    return out, [[*words, "--output_dir", out / "whole"], [*words, "--output_dir", out / "resumed", *resume]]
+    return out, [
+        [*words, "--output_dir", out / "whole"],
+        [*words, "--output_dir", out / "resumed", *resume],
+    ]
 
 
 def logged(directory, name="loss"):
@@ -122,18 +141,20 @@ def logged(directory, name="loss"):
 
 
 def load(directory, dtype):
-    """The result as generate_text.py loads it: a plain model, or a PEFT adapter on its base, which is as it was."""
+    """The result as generate_text.py loads it: a plain model, or an adapter on its base."""
     if not (directory / "adapter_config.json").is_file():
         model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
         assert not info["missing_keys"], info["missing_keys"]
         return model
     from peft import PeftModel
 
-    facts = json.loads((directory / "base_model.json").read_text())
-    bits = {"4 bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-            "8 bit": {"load_in_8bit": True}}.get(facts["trained_on"])  # fmt: skip
-    options = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": "cpu"}} if bits else {}
-    base = AutoModelForCausalLM.from_pretrained(facts["base_model"], dtype=dtype, **options)
+    given = yaml.safe_load((directory / "run_args.yaml").read_text())
+    base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+    bits = {name: True for name in ("load_in_8bit", "load_in_4bit") if given.get(name)}
+    if bits:
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        bits = {"quantization_config": BitsAndBytesConfig(**bits, **nf4), "device_map": {"": "cpu"}}
+    base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **bits)
     for module in base.modules():
         module.support_avx512bf16_for_cpu = False  # else an evaluation repacks the weights
     return PeftModel.from_pretrained(base, directory)
@@ -141,15 +162,18 @@ def load(directory, dtype):
 
 @torch.no_grad()
 def mean_loss(model, directory):
-    """Over the learned tokens of the run's validation file, one row at a time, from the raw rows."""
+    """Over the learned tokens of the run's validation file, a row at a time, from the raw rows."""
     given = yaml.safe_load((directory / "run_args.yaml").read_text())
     tokenizer, losses = AutoTokenizer.from_pretrained(directory), []
-    for row in map(json.loads, Path(given["validation_file"]).read_text().splitlines()):
+    (file,) = given["validation_file"]
+    for row in map(json.loads, Path(file).read_text().splitlines()):
         prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = prompt + tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        logits = model(input_ids=torch.tensor([ids[:64]]), use_cache=False).logits[0].double()  # 64 positions
-        losses.append(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:64]), reduction="none"))
-        losses[-1] = losses[-1][max(len(prompt), 1) - 1 :]
+        answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        ids = [*prompt, *answer, tokenizer.eos_token_id][:64]  # 64 positions
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
+        wanted = torch.tensor(ids[1:])
+        loss = torch.nn.functional.cross_entropy(logits[:-1], wanted, reduction="none")
+        losses.append(loss[max(len(prompt), 1) - 1 :])
     return torch.cat(losses).mean().item()
 
 
@@ -160,29 +184,35 @@ def differ(found, wanted):
 
 
 def compare(out, reference=None, tolerance=1e-3):
-    """What is wrong with the result of a run under DeepSpeed in OUT (see the top); "" is nothing."""
+    """What is wrong with the result of a run under DeepSpeed in OUT (see the top), or ""."""
     whole, wrong = out / "whole", []
     if reference and (apart := differ(logged(whole), logged(reference))) > tolerance:
         wrong.append(f"losses differ from one process by {apart:.1e}")
-    if reference and logged(whole)[-2] > (1 - 3 * tolerance) * logged(whole)[0]:  # an epoch has one step or two
-        wrong.append(f"it did not learn ({logged(whole)[0]} to {logged(whole)[-2]}), so equal losses prove nothing")
-    file = next(whole.glob("*model.safetensors"))
-    saved = load_file(file)
-    if empty := [name for name, tensor in saved.items() if not tensor.numel() or not tensor.isfinite().all()]:
+    first, *_, last, _ = logged(whole)  # of the last two steps: an epoch has one step or two
+    if reference and last > (1 - 3 * tolerance) * first:
+        wrong.append(f"it did not learn ({first} to {last}), so equal losses prove nothing")
+    saved = load_file(next(whole.glob("*model.safetensors")))
+    is_good = {name: t.numel() and t.isfinite().all() for name, t in saved.items()}
+    if empty := [name for name, good in is_good.items() if not good]:
         wrong.append(f"empty or not finite: {empty[:3]}")
-    dtype = torch.bfloat16 if any(tensor.dtype == torch.bfloat16 for tensor in saved.values()) else torch.float32
+    dtypes = {tensor.dtype for tensor in saved.values()}
+    dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
     model, trained = load(whole, dtype), torch.load(whole / "gathered.pt")
-    loaded = dict(model.named_parameters())
+    loaded, unequal = dict(model.named_parameters()), []
     if missing := sorted(trained.keys() ^ loaded.keys()):
         return f"not in both model and result: {missing[:3]}"
-    pairs = {n: [t.to(dtype) if t.is_floating_point() else t for t in (trained[n], loaded[n])] for n in trained}
-    if unequal := sorted(name for name, (one, other) in pairs.items() if not torch.equal(one, other)):
-        wrong.append(f"saved otherwise than trained: {unequal[:3]}")
+    for name, tensor in trained.items():
+        same = [t.to(dtype) if t.is_floating_point() else t for t in (tensor, loaded[name])]
+        unequal += [] if torch.equal(*same) else [name]
+    if unequal:
+        wrong.append(f"saved otherwise than trained: {sorted(unequal)[:3]}")
     apart = differ([mean_loss(model, whole)], logged(whole, "eval_loss")[-1:])
     if apart > (tolerance / 10 if dtype == torch.float32 else 1e-3):
         wrong.append(f"without DeepSpeed the loss differs by {apart:.1e}")
-    if (out / "resumed").is_dir() and (apart := differ(logged(out / "resumed"), logged(whole))) > tolerance / 10:
-        wrong.append(f"resumed losses differ by {apart:.1e}")
+    if (out / "resumed").is_dir():
+        apart = differ(logged(out / "resumed"), logged(whole))
+        if apart > tolerance / 10:
+            wrong.append(f"resumed losses differ by {apart:.1e}")
     return "; ".join(wrong)
 
 
@@ -217,14 +247,24 @@ def deepspeed(folder, wanted):
 
 
 BF16, NEW = ["--precision", "bf16"], ["--new_tokens", "東京,書店", "--learning_rate", "0.1"]
-# What goes with DeepSpeed beside plain training: (script, model, arguments, configurations that are refused)
+IN_8BIT, IN_4BIT = ["--load_in_8bit", "true"], ["--load_in_4bit", "true"]
+HEAD = ["--lora_target_modules", "none", "--modules_to_save", "lm_head"]
+ZERO3 = ["zero3", "zero3_offload"]
+# What goes with DeepSpeed beside plain training:
+# (script, model, arguments, configurations that are refused)
 COMBINATIONS = {
     "8-bit optimizer": ("finetune_full", "gpt2", ["--optim", "adamw_bnb_8bit"], []),
-    "LoRA on 8 bit": ("finetune_lora", "gpt_neox", ["--load_in_8bit", "true", *BF16], ["zero3", "zero3_offload"]),
-    "LoRA on 4 bit": ("finetune_lora", "llama", ["--load_in_4bit", "true", *BF16], ["zero3", "zero3_offload"]),
+    "LoRA on 8 bit": ("finetune_lora", "gpt_neox", [*IN_8BIT, *BF16], ZERO3),
+    "LoRA on 4 bit": ("finetune_lora", "llama", [*IN_4BIT, *BF16], ZERO3),
     "LoRA, whole head": ("finetune_lora", "gpt_neox", ["--modules_to_save", "lm_head"], []),
-    "last layer, new tokens": ("finetune_lastlayer", "gpt2", ["--train", "new_tokens", *NEW], []),
-    "last layer on 8 bit": ("finetune_lastlayer", "llama", ["--load_in_8bit", "true"], CONFIGS),
+    "LoRA, new tokens": ("finetune_lora", "llama_tokens", NEW[:2], ZERO3),
+    "last layer, new tokens": (
+        "finetune_lastlayer",
+        "gpt2_tokens",
+        ["--train", "new_tokens", *NEW],
+        [],
+    ),
+    "last layer on 8 bit": ("finetune_lora", "llama", [*HEAD, *IN_8BIT, *BF16], ZERO3),
 }
 
 
@@ -232,10 +272,13 @@ def combinations(folder, wanted):
     """{combination: {configuration: text}}; the texts are "ok", "refused", or what is wrong."""
     table, steps = {}, 8
     prepare(folder, ["gpt2", "gpt_neox", "llama"])
+    for kind in ("gpt2", "llama"):
+        prepare_tokens(folder, kind)
     for config in CONFIGS:
         names = [name for name in COMBINATIONS if wanted(f"{config} {name}")]
         runs = {name: together(folder, config, *COMBINATIONS[name][:3], steps) for name in names}
-        errors = launch([whole for _, (whole, _) in runs.values()], folder / config) if names else []
+        wholes = [whole for _, (whole, _) in runs.values()]
+        errors = launch(wholes, folder / config) if names else []
         for (name, (out, _)), error in zip(runs.items(), errors, strict=True):
             *case, refused = COMBINATIONS[name]
             if config in refused:
@@ -263,8 +306,16 @@ def as_markdown(table):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("grids", nargs="*", default=[*GRIDS], metavar="GRID", help=f"From {', '.join(GRIDS)}; or all.")
-    parser.add_argument("--only", default="", help="Regular expression: the cells to run; writes no file.")
+    parser.add_argument(
+        "grids",
+        nargs="*",
+        default=[*GRIDS],
+        metavar="GRID",
+        help=f"From {', '.join(GRIDS)}; or all.",
+    )
+    parser.add_argument(
+        "--only", default="", help="Regular expression: the cells to run; writes no file."
+    )
     args = parser.parse_args()
     if unknown := set(args.grids) - set(GRIDS):
         parser.error(f"no grid {', '.join(unknown)}; there are {', '.join(GRIDS)}")
@@ -279,7 +330,8 @@ def main():
         count = [text for row in table.values() for text in row.values()]
         good, refused = count.count("ok"), count.count("refused")
         failed += len(count) - good - refused
-        parts.append(f"## {grid}: {good} of {len(count)} ok, {refused} refused on purpose\n\n{as_markdown(table)}")
+        title = f"## {grid}: {good} of {len(count)} ok, {refused} refused on purpose"
+        parts.append(f"{title}\n\n{as_markdown(table)}")
         print(parts[-1])
     if failed:
         print(f"{failed} not ok; what they left is in {folder}")
@@ -289,7 +341,8 @@ def main():
             f"{(time.time() - began) / 60:.0f} minutes, on CPU: "
             + ", ".join(f"{name} {version(name)}" for name in names) + ".")  # fmt: skip
     if not args.only and set(args.grids) == set(GRIDS):
-        (ROOT / "tests" / "matrix.md").write_text("\n\n".join([head, *parts]) + "\n", encoding="utf-8")
+        text = "\n\n".join([head, *parts]) + "\n"
+        (ROOT / "tests" / "matrix.md").write_text(text, encoding="utf-8")
     raise SystemExit(bool(failed))
 
 

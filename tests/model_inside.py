@@ -1,7 +1,7 @@
-"""Test helper: finetune_full.py with the model loaded where scripts of 2023 did, inside main_process_first().
+"""Test helper: finetune_full.py with the model loaded where scripts of 2023 did it.
 
-Under ZeRO-3 all ranks load together: the first one waits for the others, and they wait for it. After 10 seconds both
-ranks print where they stand, and end.
+That is inside main_process_first(). Under ZeRO-3 all ranks load together: the first one waits for
+the others, and they wait for it. After 10 seconds both ranks print where they stand, and end.
 """
 
 import faulthandler

@@ -1,6 +1,7 @@
-"""The grid of methods and models for matrix.py: each cell compares a run with an independent calculation.
+"""The grid of methods and models for matrix.py: an independent calculation in each cell.
 
-A cell is "ok", the script's own refusal, or what is wrong. No function of the project computes what is compared with.
+A cell is "ok", the script's own refusal, or what is wrong. No function of the project computes what
+is compared with.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NEW = "<新>,<語>"
+ONCE = ["--learning_rate", 0, "--max_steps", -1, "--num_train_epochs", 1]
 MESSAGES = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in ROWS[:3]]
 
 
@@ -33,8 +35,9 @@ def train(script, model, folder, *more, rows=ROWS):
     folder.mkdir(parents=True, exist_ok=True)
     data = write_jsonl(folder / "train.jsonl", rows)
     out = folder / "out"
-    words = ["--model_name_or_path", model, "--train_file", data, "--output_dir", out, "--learning_rate", 1e-2,
-             "--weight_decay", 0.1, "--max_steps", 3, "--per_device_train_batch_size", 3, "--logging_steps", 1,
+    words = ["--model_name_or_path", model, "--train_file", data, "--output_dir", out,
+             "--learning_rate", 1e-2, "--weight_decay", 0.1, "--max_steps", 3,
+             "--per_device_train_batch_size", 3, "--logging_steps", 1,
              "--save_strategy", "no", *more]  # fmt: skip
     _, error = call(f"finetune_{script}/finetune_{script}.py", *words)
     return out, error
@@ -54,11 +57,12 @@ def token_mean(model, tokenizer, rows=ROWS, limit=128):
     total, count = 0.0, 0
     for row in rows:
         prompt = prompt_ids(tokenizer, row["prompt"])
-        ids = prompt + tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        ids = ids[:limit]
+        answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        ids = [*prompt, *answer, tokenizer.eos_token_id][:limit]
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
-        losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
-        total, count = total + losses[max(len(prompt), 1) - 1 :].sum().item(), count + len(ids) - max(len(prompt), 1)
+        wanted, first = torch.tensor(ids[1:]), max(len(prompt), 1)
+        losses = torch.nn.functional.cross_entropy(logits[:-1], wanted, reduction="none")
+        total, count = total + losses[first - 1 :].sum().item(), count + len(ids) - first
     return total / count
 
 
@@ -68,7 +72,8 @@ def greedy(model, ids, count, stops):
     ids = list(ids)
     new = []
     for _ in range(count):
-        token = int(model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax())
+        logits = model(input_ids=torch.tensor([ids + new]), use_cache=False).logits
+        token = int(logits[0, -1].argmax())
         if token in stops:
             break
         new.append(token)
@@ -79,27 +84,28 @@ def greedy(model, ids, count, stops):
 
 
 def as_published(model, folder, _):
-    """The repository as it is: its tokenizer is exact, or refused with the command that repairs it."""
+    """The repository as it is: its tokenizer is exact, or refused with the command for it."""
     return train("full", model, folder)[1]
+
+
+GENERATE = "generate_text/generate_text.py"
 
 
 def generate(model, folder, original):
     """Single prompts: the text of an independent greedy loop."""
     tokenizer, net = AutoTokenizer.from_pretrained(model), load(model)
+    ends = net.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, net.config.eos_token_id}
+    stops.update(ends if isinstance(ends, list) else [ends])
+    stops.add(tokenizer.get_vocab().get("### End"))
     for row in ROWS[:3]:
-        out, error = call("generate_text/generate_text.py", "--model_name_or_path", model, "--prompt", row["prompt"],
-                          "--max_new_tokens", 8)  # fmt: skip
-        stops = {tokenizer.eos_token_id, net.config.eos_token_id, *stop_ids(net, tokenizer)}
-        wanted = tokenizer.decode(greedy(net, prompt_ids(tokenizer, row["prompt"]), 8, stops), skip_special_tokens=True)
+        words = ["--model_name_or_path", model, "--prompt", row["prompt"], "--max_new_tokens", 8]
+        out, error = call(GENERATE, *words)
+        answer = greedy(net, prompt_ids(tokenizer, row["prompt"]), 8, stops)
+        wanted = tokenizer.decode(answer, skip_special_tokens=True)
         if error or out.rstrip("\n") != wanted.rstrip("\n"):
             return error or f"{out!r} instead of {wanted!r}"
     return ""
-
-
-def stop_ids(net, tokenizer):
-    ends = net.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return {*ends, *(tokenizer.convert_tokens_to_ids([t for t in ("### End",) if t in tokenizer.get_vocab()]))} - {None}
 
 
 def batched(model, folder, original, rows=ROWS):
@@ -108,11 +114,12 @@ def batched(model, folder, original, rows=ROWS):
     data, texts = write_jsonl(folder / "prompts.jsonl", rows), []
     for size in (1, 4):
         out = folder / f"by{size}.jsonl"
-        _, error = call("generate_text/generate_text.py", "--model_name_or_path", model, "--prompt_file", data,
-                        "--output_file", out, "--max_new_tokens", 8, "--batch_size", size)  # fmt: skip
+        words = ["--model_name_or_path", model, "--prompt_file", data, "--output_file", out]
+        _, error = call(GENERATE, *words, "--max_new_tokens", 8, "--batch_size", size)
         if error:
             return error
-        texts.append([json.loads(line)["generated_text"] for line in out.read_text().splitlines()])
+        lines = out.read_text().splitlines()
+        texts.append([json.loads(line)["generated_text"] for line in lines])
     return "" if texts[0] == texts[1] else f"{texts[0]} one by one, {texts[1]} batched"
 
 
@@ -121,14 +128,14 @@ def chat(model, folder, original):
 
 
 def full(model, folder, original):
-    """train_loss at learning rate 0 is the mean over tokens; at another rate every weight moves, and fp32 is saved."""
-    out, error = train("full", model, folder / "zero", "--learning_rate", 0, "--max_steps", -1, "--num_train_epochs", 1)
+    """train_loss at learning rate 0 is the mean over tokens.
+
+    At another rate every weight moves, and fp32 is saved.
+    """
+    out, error = train("full", model, folder / "zero", *ONCE)
     if error:
         return error
-    found, wanted = (
-        json.loads((out / "all_results.json").read_text())["train_loss"],
-        token_mean(load(model), tokens(out)),
-    )
+    found, wanted = train_loss(out), token_mean(load(model), tokens(out))
     if abs(found - wanted) > 1e-4:
         return f"loss {found} instead of {wanted}"
     out, error = train("full", model, folder / "moved")
@@ -137,24 +144,16 @@ def full(model, folder, original):
     kinds = {tensor.dtype for tensor in load_file(out / "model.safetensors").values()}
     if error or still or kinds != {torch.float32}:
         return error or f"did not move: {still[:3]}; saved as {kinds}"
-    return "" if json.loads((out / "config.json").read_text())["use_cache"] else "use_cache false was saved"
+    is_cached = json.loads((out / "config.json").read_text())["use_cache"]
+    return "" if is_cached else "use_cache false was saved"
+
+
+def train_loss(directory):
+    return json.loads((directory / "all_results.json").read_text())["train_loss"]
 
 
 def tokens(directory):
     return AutoTokenizer.from_pretrained(directory)
-
-
-def packing(model, folder, original):
-    """Packed rows: the loss of one example at a time, or refused."""
-    out, error = train("full", model, folder, "--learning_rate", 0, "--max_steps", -1, "--num_train_epochs", 1,
-                       "--packing", "true", "--max_length", 128)  # fmt: skip
-    if error:
-        return error
-    found, wanted = (
-        json.loads((out / "all_results.json").read_text())["train_loss"],
-        token_mean(load(model), tokens(out)),
-    )
-    return "" if abs(found - wanted) < 1e-4 else f"loss {found} instead of {wanted}"
 
 
 def resume(model, folder, original):
@@ -162,67 +161,85 @@ def resume(model, folder, original):
     steps = ["--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3]
     whole, error = train("full", model, folder / "whole", *steps)
     checkpoint = whole / "checkpoint-3"
-    half, other = train("full", model, folder / "half", *steps, "--resume_from_checkpoint", checkpoint)
+    half, other = train(
+        "full", model, folder / "half", *steps, "--resume_from_checkpoint", checkpoint
+    )
     if error or other:
         return error or other
     one, two = (load_file(out / "model.safetensors") for out in (whole, half))
-    return "" if all(torch.equal(one[name], two[name]) for name in one) else "the resumed run ends elsewhere"
+    is_same = all(torch.equal(one[name], two[name]) for name in one)
+    return "" if is_same else "the resumed run ends elsewhere"
 
 
 def part(choice):
     def cell(model, folder, original):
         """What --train names has moved, and nothing else."""
-        more = ["--new_tokens", NEW] if choice == "new_tokens" else []
-        rows = [
-            {"prompt": row["prompt"] + NEW.replace(",", ""), "completion": row["completion"] + NEW.split(",")[0]}
-            for row in ROWS
-        ]
-        out, error = train("lastlayer", model, folder, "--train", choice, *more, rows=rows if more else ROWS)
+        out, error = train("lastlayer", model, folder, "--train", choice)
         if error:
             return error
         before, after = load(model), load(out)
         old, new = dict(before.named_parameters()), dict(after.named_parameters())
-        head = next(n for n, m in after.named_modules() if m is after.get_output_embeddings()) + ".weight"
-        embedding = next(n for n, m in after.named_modules() if m is after.get_input_embeddings()) + ".weight"
+        head, embedding = names_of_ends(after)
         old.setdefault(head, old.get(embedding))
         new.setdefault(head, new.get(embedding))
         last = {n for n in new if ".1." in n}  # the second of two blocks
-        expected = {"last_layer": {head}, "input_output": {head, embedding}, "new_tokens": set(),
+        expected = {"last_layer": {head}, "input_output": {head, embedding},
                     "last_block": {head} | last | final_norm(after)}[choice]  # fmt: skip
-        count = len(old[embedding])
-        moved = {n for n in new if not torch.equal(old[n][:count], new[n][: len(old[n])])}
-        if moved != expected:
-            return f"moved {sorted(moved ^ expected)[:4]} otherwise than named"
-        if choice == "new_tokens":
-            ids = tokens(out).convert_tokens_to_ids(NEW.split(","))
-            grown = new[embedding][ids]
-            if torch.equal(grown[0], grown[1]):
-                return "the new rows are the same"
-        return ""
+        moved = {n for n in new if not torch.equal(old[n], new[n])}
+        return "" if moved == expected else f"moved {sorted(moved ^ expected)[:4]}, not as named"
 
     return cell
 
 
+def names_of_ends(model):
+    """The names of the head's weight and of the input embedding's."""
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    return names[model.get_output_embeddings()], names[model.get_input_embeddings()]
+
+
+def new_tokens(model, folder, original):
+    """The rows of the new tokens have moved, apart from each other, and nothing else has."""
+    source, error = add_tokens(model, folder / "with_tokens")
+    both, (first, _) = NEW.replace(",", ""), NEW.split(",")
+    rows = [{"prompt": row["prompt"] + both, "completion": row["completion"] + first}
+            for row in ROWS]  # fmt: skip
+    more = ["--train", "new_tokens", "--new_tokens", NEW, "--weight_decay", 0]
+    out, other = train("lastlayer", source, folder, *more, rows=rows)
+    if error or other:
+        return error or other
+    before, start, after = load(model), load(source), load(out)
+    ids, ends = tokens(out).convert_tokens_to_ids(NEW.split(",")), names_of_ends(after)
+    for name, now in after.named_parameters():
+        old, first = before.get_parameter(name), start.get_parameter(name)
+        # Spare rows of the model are used before it grows.
+        kept = [row for row in range(len(old)) if name not in ends or row not in ids]
+        if not torch.equal(now[kept], old[kept]):
+            return f"{name} has moved"
+        if name in ends and ((now[ids] == first[ids]).any() or torch.equal(*now[ids])):
+            return f"the new rows of {name} have not moved, or are the same"
+    return ""
+
+
+def add_tokens(model, directory):
+    """A copy of the model with the tokens of NEW, by the step that adds them; (path, error)."""
+    words = ["--model_name_or_path", model, "--new_tokens", NEW, "--output_dir", directory]
+    return str(directory), call("finetune_lastlayer/add_tokens.py", *words)[1]
+
+
 def final_norm(model):
-    """Parameters of the norm behind the last block: those outside of any block, but for embeddings and head."""
-    skip = ("embed", "wte", "wpe", "lm_head")
-    return {
-        n
-        for n, _ in model.named_parameters()
-        if not any(f".{i}." in n for i in range(9)) and not any(s in n for s in skip)
-    }
+    """Parameters of the norm behind the last block: all but blocks, embeddings and head."""
+    skip = (*(f".{block}." for block in range(9)), "embed", "wte", "wpe", "lm_head")
+    return {n for n, _ in model.named_parameters() if not any(part in n for part in skip)}
 
 
 def lora(*more):
     def cell(model, folder, original):
-        """At rate 0 the base's own loss (where it is not quantised); trained, every matrix has moved."""
+        """At rate 0 the base's own loss (if it is not quantised); then every matrix has moved."""
         if not more:
-            out, error = train("lora", model, folder / "zero", "--learning_rate", 0, "--max_steps", -1,
-                               "--num_train_epochs", 1)  # fmt: skip
+            out, error = train("lora", model, folder / "zero", *ONCE)
             if error:
                 return error
-            found = json.loads((out / "all_results.json").read_text())["train_loss"]
-            wanted = token_mean(load(model), tokens(out))
+            found, wanted = train_loss(out), token_mean(load(model), tokens(out))
             if abs(found - wanted) > 1e-4:
                 return f"loss {found} instead of {wanted}"
         out, error = train("lora", model, folder / "moved", *more)
@@ -230,7 +247,8 @@ def lora(*more):
             return error
         adapter = load_file(out / "adapter_model.safetensors")
         zero = [name for name, tensor in adapter.items() if not tensor.any()]
-        linear = [m for m in load(model).modules() if type(m).__name__ in ("Linear", "Conv1D", "FalconLinear")]
+        kinds = ("Linear", "Conv1D", "FalconLinear")
+        linear = [m for m in load(model).modules() if type(m).__name__ in kinds]
         if zero or len(adapter) != 2 * (len(linear) - 1):  # all but the head
             return f"{len(adapter)} matrices for {len(linear) - 1} layers; still zero: {zero[:3]}"
         return ""
@@ -243,48 +261,42 @@ def merge(model, folder, original):
     out, error = train("lora", model, folder, "--learning_rate", 0.1)
     if error:
         return error
-    _, error = call(
-        "finetune_lora/merge_lora.py",
-        "--adapter_name_or_path",
-        out,
-        "--output_dir",
-        folder / "merged",
-        "--dtype",
-        "fp32",
-    )
+    words = ["--adapter_name_or_path", out, "--output_dir", folder / "merged", "--dtype", "fp32"]
+    _, error = call("finetune_lora/merge_lora.py", *words)
     if error:
         return error
-    config, adapter = (
-        json.loads((out / "adapter_config.json").read_text()),
+    config = json.loads((out / "adapter_config.json").read_text())
+    adapter, scale = (
         load_file(out / "adapter_model.safetensors"),
+        config["lora_alpha"] / config["r"],
     )
     base, ids = load(model), torch.tensor([[5, 9, 20, 7, 30, 11]])
-    plain = base(input_ids=ids, use_cache=False).logits
     with torch.no_grad():
-        for name, a in adapter.items():
-            if ".lora_A" in name:
-                module = base.get_submodule(name.removeprefix("base_model.model.").split(".lora_A")[0])
-                change = adapter[name.replace("lora_A", "lora_B")] @ a * (config["lora_alpha"] / config["r"])
-                module.weight += change.T if type(module).__name__ == "Conv1D" else change
-        wanted, found = (net(input_ids=ids, use_cache=False).logits for net in (base, load(folder / "merged")))
+        plain = base(input_ids=ids, use_cache=False).logits
+        for name in [name for name in adapter if ".lora_A" in name]:
+            place = name.removeprefix("base_model.model.").split(".lora_A")[0]
+            change = adapter[name.replace("lora_A", "lora_B")] @ adapter[name] * scale
+            module = base.get_submodule(place)
+            module.weight += change.T if type(module).__name__ == "Conv1D" else change
+        wanted = base(input_ids=ids, use_cache=False).logits
+        found = load(folder / "merged")(input_ids=ids, use_cache=False).logits
     apart, change = (wanted - found).abs().max().item(), (wanted - plain).abs().max().item()
-    return "" if apart < 1e-5 and change > 1e-2 else f"logits differ by {apart:.1e}, the adapter changes {change:.1e}"
+    is_good = apart < 1e-5 and change > 1e-2
+    return "" if is_good else f"logits differ by {apart:.1e}, the adapter changes {change:.1e}"
 
 
 METHODS = {
-    "as published": as_published, "generate": generate, "batched": batched, "chat": chat, "full": full,
-    "packing": packing, "resume": resume, "last layer": part("last_layer"), "last block": part("last_block"),
-    "input+output": part("input_output"), "new tokens": part("new_tokens"), "LoRA": lora(),
-    "LoRA 8 bit": lora("--load_in_8bit", "true"), "LoRA 4 bit": lora("--load_in_4bit", "true"), "merge": merge,
+    "as published": as_published, "generate": generate, "batched": batched, "chat": chat,
+    "full": full, "resume": resume, "last layer": part("last_layer"),
+    "last block": part("last_block"), "input+output": part("input_output"),
+    "new tokens": new_tokens, "LoRA": lora(), "LoRA 8 bit": lora("--load_in_8bit", "true"),
+    "LoRA 4 bit": lora("--load_in_4bit", "true"), "merge": merge,
 }  # fmt: skip
 
 
-# What is refused on purpose: by these words, or the cell is wrong.
-REFUSED = {
-    ("japanese-gpt-neox-3.6b", "as published"): "convert_tokenizer.py",  # and with what that writes all is well
-    ("falcon-7b", "packing"): "would see each other",
-    ("mpt-7b", "packing"): "would see each other",
-}
+# What is refused on purpose, by these words, or the cell is wrong. With what that command writes
+# all is well.
+REFUSED = {("japanese-gpt-neox-3.6b", "as published"): "convert_tokenizer.py"}
 ZERO = {"ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 
 
@@ -296,16 +308,17 @@ def seven(folder, wanted):
         if not methods:
             continue
         original = model = seven_models.make(name, folder / name / "published")
-        if name == "japanese-gpt-neox-3.6b":  # its tokenizer is lossy as it is: what README says to do
+        if name == "japanese-gpt-neox-3.6b":  # lossy as it is: what the table of models says to do
             model = str(folder / name / "converted")
-            call("generate_text/convert_tokenizer.py", "--model_name_or_path", original, "--output_dir", model)
+            words = ["--model_name_or_path", original, "--output_dir", model]
+            call("generate_text/convert_tokenizer.py", *words)
         table[name] = dict.fromkeys(methods, "")
         (folder / "models").mkdir(exist_ok=True)
         (folder / "models" / name).symlink_to(model)
         for method in filter(METHODS.get, methods):
-            used = original if method == "as published" else model
+            used, place = original if method == "as published" else model, method.replace(" ", "_")
             try:
-                text = METHODS[method](used, folder / name / method.replace(" ", "_"), original) or "ok"
+                text = METHODS[method](used, folder / name / place, original) or "ok"
             except Exception as error:  # a cell must not end the grid
                 text = f"{type(error).__name__}: {error}"
             if words := REFUSED.get((name, method)):
@@ -323,10 +336,12 @@ def zero(folder, table):
     write_jsonl(folder / "train.jsonl", ROWS)
     short = ["--max_length", 64]
     for method, config in ZERO.items():
-        names = [name for name, row in table.items() if method in row]
-        runs = {name: matrix.together(folder, config, "finetune_full", name, short) for name in names}
-        errors = matrix.launch([run for _, pair in runs.values() for run in pair], folder / config) if runs else []
-        for i, (name, (out, _)) in enumerate(runs.items()):
+        pairs = {}
+        for name in [name for name, row in table.items() if method in row]:
+            pairs[name] = matrix.together(folder, config, "finetune_full", name, short)
+        runs = [run for _, pair in pairs.values() for run in pair]
+        errors = matrix.launch(runs, folder / config) if runs else []
+        for i, (name, (out, _)) in enumerate(pairs.items()):
             reference = matrix.alone(folder, "finetune_full", name, short)
             table[name][method] = matrix.check(errors[2 * i : 2 * i + 2], out, reference)
             print(f"{name}, {method}: {table[name][method]}", flush=True)

@@ -1,4 +1,6 @@
-"""Several nodes for real: node.sh in two network namespaces, job files under mpirun, and what a dead rank leaves."""
+"""Several nodes for real: node.sh in two network namespaces, job files under mpirun, and what a
+dead rank leaves.
+"""
 
 import importlib.util
 import os
@@ -32,7 +34,20 @@ def hosts():
         pytest.skip("network namespaces need root and iproute2")
     made = [
         sh("ip", "netns", "add", names[1]),
-        sh("ip", "link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "cable1", "netns", names[1]),
+        sh(
+            "ip",
+            "link",
+            "add",
+            "cable0",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "cable1",
+            "netns",
+            names[1],
+        ),
     ]
     for number, (name, address) in enumerate(HOSTS.items()):
         inside = ("ip", "-n", name)
@@ -41,7 +56,10 @@ def hosts():
         made.append(sh(*inside, "link", "set", f"cable{number}", "up"))
     try:
         if any(done.returncode for done in made):
-            pytest.skip("this kernel makes no pair of virtual cables: " + " ".join(done.stderr for done in made))
+            pytest.skip(
+                "this kernel makes no pair of virtual cables: "
+                + " ".join(done.stderr for done in made)
+            )
         yield names
     finally:
         for name in names:
@@ -62,11 +80,15 @@ def environment(**more):
 def start_node(host, number, log, arguments, **more):
     """job_multinode.sh's part on one node, as mpirun would start it there."""
     env = environment(
-        NODES="2", MASTER_ADDR=HOSTS[next(iter(HOSTS))], MASTER_PORT="23456", NODE_RANK=str(number), **more
+        NODES="2",
+        MASTER_ADDR=HOSTS[next(iter(HOSTS))],
+        MASTER_PORT="23456",
+        NODE_RANK=str(number),
+        **more,
     )
     inside = f'hostname {host}; exec "$@" >{log} 2>&1'
-    command = ["ip", "netns", "exec", host, "unshare", "--uts", "bash", "-c", inside, "_", sys.executable,
-               "../jobs/run_ranks.py", "bash", "../jobs/node.sh", *map(str, arguments)]  # fmt: skip
+    command = ["ip", "netns", "exec", host, "unshare", "--uts", "bash", "-c", inside, "_",
+               sys.executable, "../jobs/run_ranks.py", "bash", "../jobs/node.sh", *map(str, arguments)]  # fmt: skip
     return subprocess.Popen(command, cwd=ROOT / "finetune_full", env=env, start_new_session=True)
 
 
@@ -85,7 +107,9 @@ def worker(host=None, rank=None):
             command = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"finetune_full.py" not in command or not any(v.startswith(b"LOCAL_RANK=") for v in variables):
+        if b"finetune_full.py" not in command or not any(
+            v.startswith(b"LOCAL_RANK=") for v in variables
+        ):
             continue
         if folder.name in inside if inside else f"RANK={rank}".encode() in variables:
             return int(folder.name)
@@ -106,11 +130,18 @@ def wait_for(text, logs, processes, seconds=90):
 
 
 def test_killed_worker_on_another_host(hosts, training, tmp_path):
-    """Two hosts train together; killing one's worker ends both within a minute, and the log says who it was."""
+    """Two hosts train together; killing one's worker ends both within a minute.
+
+    The log says who it was.
+    """
     logs = [tmp_path / f"{host}.log" for host in hosts]
-    arguments = ["finetune_full.py", "--model_name_or_path", training["MODEL"], "--train_file", training["TRAIN_FILE"],
-                 "--output_dir", tmp_path / "out", "--max_steps", "100000", "--logging_steps", "1"]  # fmt: skip
-    nodes = [start_node(host, i, log, arguments) for i, (host, log) in enumerate(zip(hosts, logs, strict=True))]
+    arguments = ["finetune_full.py", "--model_name_or_path", training["MODEL"],
+                 "--train_file", training["TRAIN_FILE"], "--output_dir", tmp_path / "out",
+                 "--max_steps", "100000", "--logging_steps", "1"]  # fmt: skip
+    nodes = [
+        start_node(host, i, log, arguments)
+        for i, (host, log) in enumerate(zip(hosts, logs, strict=True))
+    ]
     try:
         first = wait_for("step 2/", logs, nodes)
         assert "2 x CPU" in first.read_text(), "the two hosts do not train together"
@@ -129,7 +160,9 @@ def test_killed_worker_on_another_host(hosts, training, tmp_path):
 def test_host_that_never_comes(hosts, tmp_path):
     """The rendezvous timeout ends the others, with a line that names the host and the reason."""
     began = time.monotonic()
-    node = start_node(hosts[0], 0, tmp_path / "log", ["finetune_full.py", "--help"], START_TIMEOUT="5")
+    node = start_node(
+        hosts[0], 0, tmp_path / "log", ["finetune_full.py", "--help"], START_TIMEOUT="5"
+    )
     try:
         assert node.wait(timeout=60)
     finally:
@@ -146,7 +179,9 @@ def run_job(job, log, **variables):
     (log.parent / "hosts").write_text("localhost slots=2\n")
     env = environment(HOSTFILE=str(log.parent / "hosts"), NODES="2", MAP_BY="slot", **variables)
     with log.open("w") as file:
-        return subprocess.Popen(["bash", ROOT / job], env=env, stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(
+            ["bash", ROOT / job], env=env, stdout=file, stderr=file, start_new_session=True
+        )
 
 
 def test_check_nodes(tmp_path):
@@ -159,23 +194,39 @@ def test_check_nodes(tmp_path):
     lines = (tmp_path / "log").read_text().splitlines()
     assert sum(line.startswith(("rank 0 ", "rank 1 ")) for line in lines) == 2
     assert sum("waits 120 s" in line for line in lines) == 1, "the job's timeout did not arrive"
-    assert any(re.match(r"all-reduce +1 MiB in .* GB/s; sums correct on every rank", line) for line in lines)
+    assert any(
+        re.match(r"all-reduce +1 MiB in .* GB/s; sums correct on every rank", line)
+        for line in lines
+    )
     assert any(line.startswith("done       all 2 ranks answered") for line in lines)
 
 
 @pytest.mark.parametrize("victim", ["worker", "launcher"])
 def test_job_multinode(victim, training, tmp_path):
-    """The job file itself under mpirun: trains on both, ends when a rank or its torchrun dies, leaves no process."""
-    variables = {name: training[name] for name in ("MODEL", "TRAIN_FILE")} | {"OUTPUT_DIR": str(tmp_path / "out")}
+    """The job file itself under mpirun: trains on both, ends when a rank or its torchrun dies.
+
+    No process is left behind.
+    """
+    variables = {name: training[name] for name in ("MODEL", "TRAIN_FILE")} | {
+        "OUTPUT_DIR": str(tmp_path / "out")
+    }
     log = tmp_path / "log"
-    job = run_job("finetune_full/job_multinode.sh", log, **variables, ARGS="--max_steps 100000 --logging_steps 1")
+    job = run_job(
+        "finetune_full/job_multinode.sh",
+        log,
+        **variables,
+        ARGS="--max_steps 100000 --logging_steps 1",
+    )
     try:
         wait_for("step 3/", [log], [job])
         assert "plain data parallel over gloo" in log.read_text()
         assert "2 x CPU" in log.read_text()
         process = worker(rank=1)
         status = Path(f"/proc/{process}/status").read_text()
-        os.kill(process if victim == "worker" else int(re.search(r"PPid:\s+(\d+)", status)[1]), signal.SIGKILL)
+        os.kill(
+            process if victim == "worker" else int(re.search(r"PPid:\s+(\d+)", status)[1]),
+            signal.SIGKILL,
+        )
         began = time.monotonic()
         assert job.wait(timeout=60)
         while worker(rank=1) or worker(rank=0):
@@ -185,7 +236,10 @@ def test_job_multinode(victim, training, tmp_path):
         stop([job])
     assert time.monotonic() - began < 60
     last = log.read_text().splitlines()[-1]
-    wanted = {"worker": ", rank 1: killed by SIGKILL", "launcher": ": torchrun ended with status 137"}[victim]
+    wanted = {
+        "worker": ", rank 1: killed by SIGKILL",
+        "launcher": ": torchrun ended with status 137",
+    }[victim]
     assert re.match(rf"failed +\S+{wanted}", last), last
 
 
@@ -202,16 +256,21 @@ REPORT = """\
 @pytest.mark.parametrize(
     ("reports", "lines", "wanted"),
     [
-        # The survivor's broken connection is noticed before the killed process: the killed one is named.
-        ([("a", 0, 1, 1), ("b", 5, -9, 2)], ["[rank0]: RuntimeError: closed"], "b, rank 5: killed by SIGKILL"),
+        # The survivor's broken connection is noticed before the killed process, which is named.
+        ([("a", 0, 1, 1), ("b", 5, -9, 2)], ["[rank0]: RuntimeError: closed"],
+         "b, rank 5: killed by SIGKILL"),
         # What torchrun ended with SIGTERM itself is no cause.
-        ([("a", 3, -15, 1), ("a", 2, 1, 2)], ["[rank2]: ValueError: bad"], "a, rank 2: ValueError: bad"),
+        ([("a", 3, -15, 1), ("a", 2, 1, 2)], ["[rank2]: ValueError: bad"],
+         "a, rank 2: ValueError: bad"),
         # The first of several, with its own error and not the last one in the log.
-        ([("b", 1, 1, 2), ("a", 0, 1, 1)], ["[rank0]: KeyError: 'x'", "[rank1]: OSError: y"], "a, rank 0: KeyError"),
+        ([("b", 1, 1, 2), ("a", 0, 1, 1)], ["[rank0]: KeyError: 'x'", "[rank1]: OSError: y"],
+         "a, rank 0: KeyError"),
         # Our own error line of the first rank.
-        ([("a", 0, 2, 1)], ["error: --max_length 9 does not fit."], "a, rank 0: error: --max_length 9 does not fit."),
+        ([("a", 0, 2, 1)], ["error: --max_length 9 does not fit."],
+         "a, rank 0: error: --max_length 9 does not fit."),
         ([("a", 0, 7, 1)], [], "a, rank 0: exit status 7"),
-        ([], ["node       c: torchrun ended with status 1", "x.TimeoutError"], "c: torchrun ended with status 1: x."),
+        ([], ["node       c: torchrun ended with status 1", "x.TimeoutError"],
+         "c: torchrun ended with status 1: x."),
         ([], [], "status 1: see above"),
     ],
 )  # fmt: skip
@@ -223,7 +282,7 @@ def test_describe(reports, lines, wanted):
 
 
 def test_run_ranks(capfd):
-    """Output and exit status pass through; success adds nothing; a signal becomes 128 + its number."""
+    """Output and exit status pass through; success adds nothing; a signal is 128 + its number."""
     assert run_ranks.main(["bash", "-c", "echo out; echo err >&2"]) == 0
     assert capfd.readouterr() == ("out\n", "err\n")
     assert run_ranks.main(["bash", "-c", "echo 'ValueError: x' >&2; exit 3"]) == 3

@@ -1,13 +1,18 @@
-"""One cell for each row and column of matrix.py's grid of models and methods; the whole grid is its own command."""
+"""One cell for each row and column of matrix.py's grid of models and methods.
+
+The whole grid is a command of its own.
+"""
 
 import pytest
 import seven_grid
 import seven_models
 
 METHODS = list(seven_grid.METHODS)
-# DeepSpeed's two columns are in test_deepspeed.py. Each other method once, on one model after the other; and what is
-# refused on purpose.
-CELLS = [(seven_models.NAMES[i % len(seven_models.NAMES)], method) for i, method in enumerate(METHODS)]
+# DeepSpeed's two columns are in test_deepspeed.py. Each other method once, on one model after the
+# other; and what is refused on purpose.
+CELLS = [
+    (seven_models.NAMES[i % len(seven_models.NAMES)], method) for i, method in enumerate(METHODS)
+]
 CELLS += [pair for pair in seven_grid.REFUSED if pair not in CELLS]
 
 
