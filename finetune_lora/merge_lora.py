@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
 """Merge a LoRA adapter into its base: a plain model that needs no PEFT, and that any tool can load.
 
-Merges in fp32 into the base in full precision, whatever the adapter was trained on, and casts afterwards. Nothing is
-left in --output_dir unless the merged model, and then what was written of it, answers as base + adapter do.
-Takes 4 bytes of memory per parameter, and no GPU.
+Merges in fp32 into the base in full precision, whatever the adapter was trained on, and casts
+afterwards. Nothing is left in --output_dir unless the merged model, and then what was written of
+it, answers as base + adapter do. Takes 4 bytes of memory per parameter, and no GPU.
 
-By hand       python merge_lora.py --adapter_name_or_path output --output_dir output/merged
-Figures       the same with --verify
-Follows       https://huggingface.co/docs/peft/package_reference/lora, "merge_and_unload"
+By hand  python merge_lora.py --adapter_name_or_path output --output_dir output/merged
+Figures  the same with --verify
+Follows  https://huggingface.co/docs/peft/package_reference/lora, "merge_and_unload"
 """
 
 import argparse
-import hashlib
+import contextlib
+import copy
 import json
 import os
+import shlex
 import shutil
 import sys
-import time
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -24,42 +26,44 @@ from pathlib import Path
 def main(argv=None):
     args = parse(argv)
     check_output(args)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, would guess and warn
-    adapter = find_adapter(args)
-    from transformers.utils import logging  # from here on it takes seconds
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess and warn
+    from safetensors import SafetensorError  # from here on it takes seconds
+    from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    base, dtype, facts = find_base(args, adapter)
-    model, tokenizer, ids, alone = load_model(args, adapter, base)
-    wanted = logits_of(model, ids)
-    if not wanted.isfinite().all():
-        fail(f"the tokenizer has {len(tokenizer)} tokens, more than {base}, and the adapter does not bring their rows.")
-    model = merge(args, model)
-    merged = logits_of(model, ids)
-    check_same("the merged model", merged, wanted)
-    written = save(args, adapter, base, model, tokenizer, dtype)
-    cast, tied, parameters = logits_of(model, ids), is_tied(model), sum(p.numel() for p in model.parameters())
-    del model  # what was written takes its memory
-    reloaded = logits_of(load_base(args, written), ids)
-    check_same("what was written", reloaded, cast, written)
-    written.replace(args.output_dir)
-
-    change = largest(wanted[:, : alone.shape[1], : alone.shape[2]], alone)  # without tokens that the base lacks
-    if args.verify:
-        figures = {"base + adapter against the base": change, "merged against base + adapter": largest(merged, wanted),
-                   f"cast to {dtype} against merged": largest(cast, merged),
-                   "read back against cast": largest(reloaded, cast)}  # fmt: skip
-        for name, figure in figures.items():
-            say("verify", f"{name}: logits differ by {figure:.1e} at most; the largest is {wanted.abs().max():.1f}")
+    known = OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning, SafetensorError
+    try:
+        adapter = find_adapter(args)
+        base, dtype = find_base(args, adapter)
+        model, tokenizer, ids, alone = load_model(args, adapter, base)
+        wanted = logits_of(model, ids)
+        check(wanted.isfinite().all(), f"the adapter lacks rows for tokens that {base} lacks.")
+        with warnings.catch_warnings(action="ignore"):
+            model = model.merge_and_unload(safe_merge=True)
+        merged = logits_of(model, ids)
+        check_same("the merged model", merged, wanted)
+        size, tied = model.num_parameters(), "tied" if is_tied(model) else "untied"
+        cast, reloaded = write(args, adapter, base, model, tokenizer, dtype, ids)
+    except known as error:
+        fail(f"{args.adapter_name_or_path} cannot be merged: {error}")
+    change = largest(wanted[:, : alone.shape[1], : alone.shape[2]], alone)  # no new tokens
+    figures = {
+        "base + adapter against the base": change,
+        "merged against base + adapter": largest(merged, wanted),
+        f"cast to {dtype} against merged": largest(cast, merged),
+        "read back against cast": largest(reloaded, cast),
+    }
+    for name, figure in figures.items() if args.verify else ():
+        text = f"{name}: logits differ by {figure:.1e} at most"
+        say("verify", f"{text}; the largest is {wanted.abs().max():.1f}")
     if change == 0:
         say("note", "the adapter changes nothing, it was not trained: this is the base")
-    if "bit" in facts.get("trained_on", ""):
-        say("note", f"trained on the base in {facts['trained_on']}, merged into it in full precision: without its "
-                    "rounding the answers differ a little from what the adapter learned with. Score them.")  # fmt: skip
-    say("merged", f"{args.output_dir}: {parameters:,} parameters in {dtype}, embeddings {'' if tied else 'un'}tied; "
-                  "answers as base + adapter")  # fmt: skip
-    say("next", f"python ../generate_text/generate_text.py --model_name_or_path {args.output_dir} --prompt TEXT")
+    say_rounding(adapter)
+    text = f"{args.output_dir}: {size:,} parameters in {dtype}, embeddings {tied}"
+    say("merged", f"{text}; answers as base + adapter")
+    generate = "python ../generate_text/generate_text.py --model_name_or_path"
+    say("next", f"{generate} {shlex.quote(args.output_dir)} --prompt TEXT")
 
 
 # ---- What is merged ----
@@ -68,145 +72,143 @@ def main(argv=None):
 def find_adapter(args):
     """The directory of the adapter; of a hub name, the local copy."""
     name = args.adapter_name_or_path
-    try:
-        if not Path(name).is_dir():
-            from huggingface_hub import snapshot_download
+    if not Path(name).is_dir():
+        from huggingface_hub import snapshot_download
 
-            name = snapshot_download(name)
-        kind = json.loads((Path(name) / "adapter_config.json").read_text("utf-8"))["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--adapter_name_or_path {name} is no adapter here, nor could it be fetched: {str(error)[:200]}")
-    if kind != "LORA":
-        fail(f"the adapter in {name} is of the kind {kind}; only LORA can be merged.")
+        name = snapshot_download(name)
+    kind = json.loads(Path(name, "adapter_config.json").read_text("utf-8"))["peft_type"]
+    check(kind == "LORA", f"the adapter in {name} is of the kind {kind}; only LORA can be merged.")
     return Path(name)
 
 
 def find_base(args, adapter):
-    """Return (base, dtype to write, what the adapter tells of the base); refuse one that is missing or another one."""
+    """Return (base, dtype to write); says which base it is, and which one was trained on."""
     from transformers import AutoConfig
 
-    record = json.loads((adapter / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path") or "?"
-    places = [Path(record), adapter / record, adapter.parent / record]
-    base = args.base_model_name_or_path or next((str(place) for place in places if place.is_dir()), record)
+    settings = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    record = settings.get("base_model_name_or_path") or "?"
+    places = [Path(place, record) for place in (".", adapter, adapter.absolute().parent)]
+    found = next((str(place) for place in places if place.is_dir()), record)
+    base = args.base_model_name_or_path or found
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
-        fail(f"the adapter's base {base} is not here, nor could it be fetched. Say where it is with "
-             f"--base_model_name_or_path. ({str(error)[:150]})")  # fmt: skip
-    if getattr(config, "quantization_config", None):
-        fail(f"the base {base} is stored quantised: merging would round the adapter away. Give the model in full "
-             "precision with --base_model_name_or_path.")  # fmt: skip
-    facts = read_facts(adapter)
-    if facts.get("fingerprint") is None:
-        say("note", "the adapter does not tell which weights it was trained on: only names and shapes are compared")
-    elif facts["fingerprint"] != fingerprint(base):
-        fail(f"{base} is not what the adapter was trained on ({facts['base_model']}), or its weights have changed: it "
-             "would answer nonsense. Say where the right one is with --base_model_name_or_path.")  # fmt: skip
+        problem = f"its base {base} is not here. Say where: --base_model_name_or_path."
+        fail(f"{args.adapter_name_or_path} cannot be merged: {problem} ({error})")
+    problem = f"the base {base} is stored quantised: merging would round the adapter away"
+    is_full = not getattr(config, "quantization_config", None)
+    check(is_full, f"{problem}. Give it in full precision with --base_model_name_or_path.")
+    say("base", f"{base}; the adapter was trained on {record}")
     stored = str(config.dtype).removeprefix("torch.")
     auto = {"bfloat16": "bf16", "float16": "fp16"}.get(stored, "fp32")
-    return base, (auto if args.dtype == "auto" else args.dtype), facts
+    return base, (auto if args.dtype == "auto" else args.dtype)
 
 
 def load_base(args, name):
     """A model in fp32 on the CPU; one that lacks weights is refused."""
-    import torch
     from transformers import AutoModelForCausalLM
 
-    options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(name, **options)
-    if info["missing_keys"]:
-        fail(f"{name} lacks weights that would be random: {sorted(info['missing_keys'])[:3]}. Fetch it again.")
+    options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
+    load = AutoModelForCausalLM.from_pretrained
+    model, info = load(name, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])[:3]
+    check(not missing, f"{name} lacks weights that would be random: {missing}. Fetch it again.")
     return model.eval()
 
 
 def load_model(args, adapter, base):
-    """Return (base + adapter in fp32, tokenizer, ids to try it on, the base's logits); refuse what does not fit."""
+    """Return (base + adapter in fp32, tokenizer, ids to try it on, the base's logits)."""
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
     from transformers import AutoTokenizer
 
-    own = (adapter / "tokenizer_config.json").is_file()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(adapter if own else base, trust_remote_code=args.trust_remote_code)
-        model, saved = load_base(args, base), load_peft_weights(str(adapter), device="cpu")
-        rows = len(model.get_input_embeddings().weight)
-        ids = torch.randint(rows, (2, 16), generator=torch.Generator().manual_seed(0))
-        alone = logits_of(model, ids)
-        prepare_embeddings(model, saved, len(tokenizer))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.filterwarnings("error", ".*missing adapter keys")
-            model = PeftModel.from_pretrained(model, adapter).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
-        fail(f"{args.adapter_name_or_path} does not fit on {base}: {str(error)[:250]}")
+    remote = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(base, **remote)
+    if (adapter / "tokenizer_config.json").is_file():  # it may have new tokens besides
+        known = tokenizer.get_vocab().items()
+        tokenizer = AutoTokenizer.from_pretrained(adapter, **remote)
+        check(known <= tokenizer.get_vocab().items(), f"{base} has another vocabulary than it.")
+    model, saved = load_base(args, base), load_peft_weights(str(adapter), device="cpu")
+    rows = len(model.get_input_embeddings().weight)
+    ids = torch.randint(rows, (2, 16), generator=torch.Generator().manual_seed(0))
+    alone = logits_of(model, ids)
+    prepare_embeddings(model, saved, len(tokenizer))
+    with warnings.catch_warnings(action="ignore"):
+        warnings.filterwarnings("error", ".*missing adapter keys")
+        model = PeftModel.from_pretrained(model, adapter).eval()
     known = {*get_peft_model_state_dict(model, save_embedding_layers=False), *model.state_dict()}
-    if not known >= saved.keys():
-        fail(f"{args.adapter_name_or_path} does not fit on {base}, which has no {min(saved.keys() - known)}.")
+    unknown = sorted(saved.keys() - known)[:3]
+    check(
+        not unknown, f"{args.adapter_name_or_path} does not fit on {base}, which lacks {unknown}."
+    )
     new = torch.arange(rows, len(tokenizer)).expand(2, -1)[:, -16:]
     return model, tokenizer, torch.cat([ids, new], 1), alone
 
 
 def prepare_embeddings(model, saved, tokens):
     """Make room for new tokens, and untie where the adapter replaces one end."""
-    import torch
-
     rows = len(model.get_input_embeddings().weight)
-    model.config.tie_word_embeddings = is_tied(model)  # what counts is the file, not what its config says
+    model.config.tie_word_embeddings = is_tied(model)  # the file counts, not what its config says
     if tokens > rows:
         model.resize_token_embeddings(tokens, mean_resizing=False)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    for weight in (embedding.weight, head.weight):
-        weight.data[rows:] = torch.nan  # so that a row which the adapter does not bring shows
-    ends = tuple(f"base_model.model.{name}." for name, m in model.named_modules() if m is embedding or m is head)
-    if is_tied(model) and any(key.startswith(ends) and ".token_adapter." not in key for key in saved):
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for end in ends:
+        end.weight.data[rows:] = float("nan")  # a row which the adapter does not bring shows
+    names = tuple(f"base_model.model.{name}." for name, m in model.named_modules() if m in ends)
+    replaced = [key for key in saved if key.startswith(names) and ".token_adapter." not in key]
+    if is_tied(model) and replaced:
+        ends[1].weight = copy.deepcopy(ends[1].weight)
         model.config.tie_word_embeddings = False
 
 
-def merge(args, model):
-    """The base with the adapter added to its weights; refuses an adapter that makes them infinite or NaN."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return model.merge_and_unload(safe_merge=True)
-        except ValueError as error:
-            fail(f"{args.adapter_name_or_path} cannot be merged: {str(error)[:200]}")
-
-
-def save(args, adapter, base, model, tokenizer, dtype):
-    """Cast the model and write it beside --output_dir, with what other tools look for; return the directory."""
-    import torch
-    from safetensors import SafetensorError
+def write(args, adapter, base, model, tokenizer, dtype, ids):
+    """Cast the model, write it, read it back; return both logits. What is wrong does not stay."""
     from transformers import GenerationConfig
     from transformers.utils import cached_file
 
+    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     if (adapter / "generation_config.json").is_file():  # with the tokens that end an answer
         model.generation_config = GenerationConfig.from_pretrained(adapter)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(
-            {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-        )
-    written = Path(args.output_dir).with_name(Path(args.output_dir).name + ".partial")
-    shutil.rmtree(written, ignore_errors=True)
-    try:
+        kind = {"bf16": "bfloat16", "fp16": "half", "fp32": "float"}[dtype]
+        parameter.data = getattr(parameter.data, kind)()
+    with tempfile.TemporaryDirectory(prefix="partial-", dir=args.output_dir) as written:
         model.save_pretrained(written)
         tokenizer.save_pretrained(written)
-        mask = os.umask(0)
-        os.umask(mask)
-        for path in written.glob("*.safetensors"):
+        os.umask(mask := os.umask(0))
+        for path in Path(written).glob("*.safetensors"):
             path.chmod(0o666 & ~mask)  # safetensors writes for the owner only
-        for name in ("tokenizer.model", "spiece.model"):  # transformers reads these, and writes tokenizer.json alone
-            quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-            source = adapter / name if (adapter / name).is_file() else cached_file(base, name, **quiet)
+        # transformers reads these, and writes tokenizer.json alone.
+        for name in ("tokenizer.model", "spiece.model"):
+            own = adapter / name
+            source = (
+                own if own.is_file() else cached_file(base, name, **dict.fromkeys(quiet, False))
+            )
             if source is not None:
-                shutil.copy(source, written / name)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(written, ignore_errors=True)
-        fail(f"--output_dir {args.output_dir} cannot be written: {str(error)[:200]}")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-    return written
+                shutil.copy(source, Path(written, name))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+        cast = logits_of(model, ids)
+        model.to("meta")  # what was written takes its memory
+        reloaded = logits_of(load_base(args, written), ids)
+        check_same("what was written", reloaded, cast)
+        # config.json, which makes it a model, comes last.
+        for path in sorted(Path(written).iterdir(), key=lambda path: path.name == "config.json"):
+            path.rename(Path(args.output_dir, path.name))
+    return cast, reloaded
+
+
+def say_rounding(adapter):
+    """Say so where the run that made the adapter, or this checkpoint of it, rounded the base."""
+    run = adapter.absolute()
+    record = (run.parent if run.name.startswith("checkpoint-") else run) / "run_args.yaml"
+    text = record.read_text("utf-8") if record.is_file() else ""
+    if bits := [bits for bits in (4, 8) if f"load_in_{bits}bit: true" in text]:
+        say(
+            "note",
+            f"trained on the base in {bits[0]} bit, whose rounding is gone now: score it anew",
+        )
 
 
 # ---- Comparing ----
@@ -225,13 +227,12 @@ def largest(one, other):
     return (one - other).abs().max().item()
 
 
-def check_same(name, found, wanted, written=None):
-    """Refuse a result whose logits differ by more than 1e-4 of the largest one: fp32 rounding stays far below."""
-    if not largest(found, wanted) <= 1e-4 * wanted.abs().max().item():
-        if written:
-            shutil.rmtree(written)
-        fail(f"{name} does not answer as it should: its logits differ by {largest(found, wanted):.1e}, the largest "
-             f"is {wanted.abs().max():.1e}. Nothing was written. (Beyond fp16's range? Try --dtype bf16.)")  # fmt: skip
+def check_same(name, found, wanted):
+    """Refuse logits that differ by more than 1e-4 of the largest one: rounding stays far below."""
+    difference, scale = largest(found, wanted), wanted.abs().max().item()
+    problem = f"{name} does not answer as it should: its logits differ by {difference:.1e}"
+    hint = "Nothing was written. (Beyond fp16's range? Try --dtype bf16.)"
+    check(difference <= 1e-4 * scale, f"{problem}, the largest is {scale:.1e}. {hint}")
 
 
 def is_tied(model):
@@ -242,84 +243,56 @@ def is_tied(model):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    add, path = parser.add_argument, {"type": os.path.expanduser}
+    switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    add(
+        "--adapter_name_or_path",
+        **path,
+        required=True,
+        help="Directory or hub name of the adapter.",
     )
-    add, switch = parser.add_argument, {"type": boolean, "nargs": "?", "const": True, "default": False}
-    add("--adapter_name_or_path", required=True, help="Directory or hub name of the adapter.")
-    add("--output_dir", required=True, help="Where the merged model goes; must be empty or not there.")
-    add("--base_model_name_or_path", help="Where the base is now. Default: where the adapter says it was.")
-    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="What to store. auto: as the base.")
+    add("--output_dir", **path, required=True, help="Where the model goes; empty or not there.")
+    add(
+        "--base_model_name_or_path", **path, help="Where the base is. Default: as the adapter says."
+    )
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="To be stored.")
     add("--verify", **switch, help="Print how far the logits differ at each step.")
-    add("--trust_remote_code", **switch, help="Run code from the model's repository. Only if you have read it.")
+    add("--trust_remote_code", **switch, help="Run the repository's code. Read it first.")
     return parser.parse_args(argv)
 
 
 def check_output(args):
     """Refuse what could not be written, before anything is loaded."""
-    output = Path(args.output_dir)
-    try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            fail(f"--output_dir {output} holds something already. Choose another, or remove it.")
+    output, is_free = Path(args.output_dir), False
+    with contextlib.suppress(OSError):
         output.mkdir(parents=True, exist_ok=True)
-        writable = os.access(output.parent, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        fail(f"--output_dir {output} cannot be written. Choose another directory.")
+        is_free = os.access(output, os.W_OK) and not any(output.iterdir())
+    check(is_free, f"--output_dir {output} must be empty, and yours to write. Choose another.")
 
 
 # Copied from generate_text/generate_text.py
 def boolean(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() == "true"
-
-
-# Copied from finetune_lora/finetune_lora.py
-def fingerprint(name):
-    """A hash over 16 entries of each tensor of a checkpoint; the same in any file format and dtype that loses nothing.
-
-    It tells the base that an adapter was trained on from another model of the same shape. None without weight files.
-    """
-    from zipfile import is_zipfile
-
-    import torch
-    from safetensors.torch import load_file
-    from transformers.utils import cached_file
-
-    directory, samples = Path(cached_file(name, "config.json")).parent, set()
-    files = sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
-    for file in files:
-        is_safe = file.suffix == ".safetensors"  # either way only what is looked at is read
-        tensors = load_file(file) if is_safe else torch.load(file, "cpu", mmap=is_zipfile(file), weights_only=True)
-        for tensor in tensors.values():
-            samples.add(tensor.flatten()[:: max(1, tensor.numel() // 16)].to(torch.float32).numpy().tobytes())
-    return hashlib.sha256(b"".join(sorted(samples))).hexdigest() if files else None
-
-
-# Copied from finetune_lora/finetune_lora.py
-def read_facts(directory):
-    """What save_adapter wrote about the base; empty where something else made the adapter."""
-    path = Path(directory) / "base_model.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-
-
-# Copied from finetune_full/finetune_full.py
-def fail(message, every_rank=False):
-    """Print one line on stderr and leave with exit code 2; of several ranks only the first speaks."""
-    if every_rank or int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # torchrun ends all ranks when one leaves: let the first one speak
-    raise SystemExit(2)
+    return ("false", "true").index(text.lower()) == 1
 
 
 # Copied from finetune_full/finetune_full.py
 def say(name, text):
-    """One line of the report that the first rank prints."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(f"{name:<11}{text}", flush=True)
+
+
+# Copied from generate_text/generate_text.py
+def fail(message):
+    print("error:", " ".join(str(message).split())[:600], file=sys.stderr)
+    raise SystemExit(2)
+
+
+# Copied from finetune_full/finetune_full.py
+def check(condition, message):
+    if not condition:
+        fail(message)
 
 
 if __name__ == "__main__":

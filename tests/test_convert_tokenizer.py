@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
 from conftest import ROOT, load_script
+from test_runs import NAMES
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
@@ -45,7 +47,9 @@ KINDS = {  # file, settings of sentencepiece, tokenizer_config.json, whether BOS
 @pytest.fixture(scope="session")
 def texts():
     rows = (ROOT / "jglue/sample/datasets").rglob("train*.json")
-    found = [line for path in sorted(rows) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = [
+        line for path in sorted(rows) for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     random.Random(0).shuffle(found)
     return found[:200]
 
@@ -78,7 +82,9 @@ def ids_of(tokenizer, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_ids_as_sentencepiece(script, repositories, texts, kind, tmp_path, capsys):
     file, _, _, bos = KINDS[kind]
-    script.main(["--model_name_or_path", str(repositories[kind]), "--output_dir", str(tmp_path / "new")])
+    script.main(
+        ["--model_name_or_path", str(repositories[kind]), "--output_dir", str(tmp_path / "new")]
+    )
     model = sentencepiece.SentencePieceProcessor(model_file=str(repositories[kind] / file))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
     for text in [*texts, *HARD, *(["<NL>改行<NL>です", "a<NL> b"] if kind == "own pieces" else [])]:
@@ -88,20 +94,28 @@ def test_same_ids_as_sentencepiece(script, repositories, texts, kind, tmp_path, 
     assert len(tokenizer) == model.vocab_size(), "a token without a row in the embedding"
     assert tokenizer.eos_token_id == model.eos_id()
     assert tokenizer("東京")["input_ids"] == [model.bos_id()] * bos + model.encode("東京")
-    elsewhere = Tokenizer.from_file(str(tmp_path / "new" / "tokenizer.json"))  # without transformers' own additions
+    elsewhere = Tokenizer.from_file(
+        str(tmp_path / "new" / "tokenizer.json")
+    )  # without transformers' own additions
     assert elsewhere.encode("東京").ids == [model.bos_id()] * bos + model.encode("東京")
     assert tokenizer.get_vocab() == {model.id_to_piece(i): i for i in range(model.vocab_size())}
     assert ("left out   pad_token [PAD]" in capsys.readouterr().out) == (kind == "rinna")
-    assert (tmp_path / "new" / file).resolve() == (repositories[kind] / file).resolve(), "other files become links"
+    assert (tmp_path / "new" / file).resolve() == (repositories[kind] / file).resolve(), (
+        "other files become links"
+    )
 
 
-@pytest.mark.skipif("JGLUE_DIR" not in os.environ, reason="JGLUE_DIR does not name a checkout of JGLUE")
+@pytest.mark.skipif(
+    "JGLUE_DIR" not in os.environ, reason="JGLUE_DIR does not name a checkout of JGLUE"
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_paragraph_of_jsquad(script, kind, tmp_path):
     """As above with a vocabulary of 4,000 from the paragraphs themselves: the figures that README gives."""
     newest = max((Path(os.environ["JGLUE_DIR"]) / "datasets").glob("jsquad-v*/valid-*.json"))
     articles = json.loads(newest.read_text(encoding="utf-8"))["data"]
-    paragraphs = list(dict.fromkeys(part["context"] for article in articles for part in article["paragraphs"]))
+    paragraphs = list(
+        dict.fromkeys(part["context"] for article in articles for part in article["paragraphs"])
+    )
     file, settings, config, _ = KINDS[kind]
     (tmp_path / "old").mkdir()
     with (tmp_path / "old" / file).open("wb") as model:
@@ -110,13 +124,17 @@ def test_every_paragraph_of_jsquad(script, kind, tmp_path):
             character_coverage=0.98, num_threads=1, minloglevel=2, max_sentence_length=2**20, **settings,
         )  # fmt: skip
     (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps(config))
-    script.main(["--model_name_or_path", str(tmp_path / "old"), "--output_dir", str(tmp_path / "new")])
+    script.main(
+        ["--model_name_or_path", str(tmp_path / "old"), "--output_dir", str(tmp_path / "new")]
+    )
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "old" / file))
     wrong = {}
     for name in ("old", "new"):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
         wrong[name] = sum(ids_of(tokenizer, text) != model.encode(text) for text in paragraphs)
-    print(f"{kind}: of {len(paragraphs)} paragraphs {wrong['old']} differ before, {wrong['new']} after")
+    print(
+        f"{kind}: of {len(paragraphs)} paragraphs {wrong['old']} differ before, {wrong['new']} after"
+    )
     assert wrong["new"] == 0
     assert (wrong["old"] == 0) == (kind == "openllama")
 
@@ -125,11 +143,18 @@ def test_in_place_and_check(script, repositories, texts, tmp_path, capsys):
     """In place the old files are kept; --check counts what is lost before, and nothing after."""
     for path in repositories["rinna"].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("東京", "鬱😀", "二  つ")))
-    before, check = (tmp_path / "tokenizer_config.json").read_text(), ["--check", str(tmp_path / "mine.jsonl")]
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in ("東京", "鬱😀", "二  つ"))
+    )
+    before, check = (
+        (tmp_path / "tokenizer_config.json").read_text(),
+        ["--check", str(tmp_path / "mine.jsonl")],
+    )
     old = AutoTokenizer.from_pretrained(tmp_path)
     kept = sum(old.decode(ids_of(old, text)) == text for text in ("東京", "鬱😀", "二  つ"))
-    gone = sum(c not in old.decode(ids_of(old, text)) for text in ("東京", "鬱😀", "二  つ") for c in text)
+    gone = sum(
+        c not in old.decode(ids_of(old, text)) for text in ("東京", "鬱😀", "二  つ") for c in text
+    )
     script.main(["--model_name_or_path", str(tmp_path), *check])
     out = capsys.readouterr().out
     assert kept < 3
@@ -142,6 +167,50 @@ def test_in_place_and_check(script, repositories, texts, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "ids        0 get other ids" in out
     assert "lost       0 do not come back" in out
+    # Once more, it would replace the old files that were kept.
+    with pytest.raises(SystemExit):
+        script.main(["--model_name_or_path", str(tmp_path)])
+    assert "was converted before" in capsys.readouterr().err
+    assert (tmp_path / "tokenizer_config.json.before_conversion").read_text() == before
+
+
+def test_a_template_is_copied_not_written_through_a_link(script, repositories, tmp_path):
+    for path in repositories["rinna"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{{ messages[0].content }}\n\n")
+    before = template.stat().st_mtime_ns
+    script.main(["--model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path / "new")])
+    assert template.stat().st_mtime_ns == before
+    assert not (tmp_path / "new" / "chat_template.jinja").is_symlink()
+    new = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert new.chat_template == AutoTokenizer.from_pretrained(tmp_path).chat_template
+
+
+def test_any_path(script, repositories, tmp_path, monkeypatch, capsys):
+    """Every kind of name as model, output and text, absolute and relative, links and `~`."""
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        here = tmp_path / f"{name}.d" / f"{name}.model"
+        shutil.copytree(repositories["rinna"], here)
+        (here / f"{name}.JSONL").write_text(
+            '{"a": ["\\u6771", {"b": "\\u2028"}]}\n\n{"c": "\u2028"}'
+        )
+        given = f"./{name}.d/{name}.model/"
+        script.main(["--model_name_or_path", given, "--output_dir", f"./{name}.d/new/{name}/"])
+        assert (tmp_path / f"{name}.d" / "new" / name / "tokenizer.json").is_file(), name
+        capsys.readouterr()
+        script.main(["--model_name_or_path", str(here), "--check", str(here / f"{name}.JSONL")])
+        assert "texts      3 in" in capsys.readouterr().out
+    (tmp_path / "home").symlink_to("日本語.d")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    script.main(["--model_name_or_path", "~/日本語.model", "--output_dir", "link"])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "tokenizer.json").is_file()
+    monkeypatch.chdir(tmp_path / "home" / "日本語.model")
+    script.main(["--model_name_or_path", "."])
+    assert (tmp_path / "日本語.d" / "日本語.model" / "tokenizer.json").is_file()
 
 
 def test_wrong_conversion_is_refused(script, repositories, monkeypatch, tmp_path, capsys):
@@ -149,7 +218,14 @@ def test_wrong_conversion_is_refused(script, repositories, monkeypatch, tmp_path
     scores = script.unigram_scores
     monkeypatch.setattr(script, "unigram_scores", lambda *args: [-score for score in scores(*args)])
     with pytest.raises(SystemExit) as stopped:
-        script.main(["--model_name_or_path", str(repositories["rinna"]), "--output_dir", str(tmp_path / "new")])
+        script.main(
+            [
+                "--model_name_or_path",
+                str(repositories["rinna"]),
+                "--output_dir",
+                str(tmp_path / "new"),
+            ]
+        )
     assert stopped.value.code == 2
     assert "other ids than from sentencepiece" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
@@ -166,7 +242,11 @@ def test_every_script_refuses_what_it_would_read_wrongly(name, repositories, tmp
         file, _, _, bos = KINDS[kind]
         model = sentencepiece.SentencePieceProcessor(model_file=str(directory / file))
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        sound = all(ids_of(tokenizer, text) == model.encode(text) for text in HARD if not text.startswith(" "))
+        sound = all(
+            ids_of(tokenizer, text) == model.encode(text)
+            for text in HARD
+            if not text.startswith(" ")
+        )
         sound = sound and max(tokenizer.get_vocab().values()) < model.vocab_size()
         sound = sound and (tokenizer("a")["input_ids"][0] == model.bos_id()) == bos
         assert sound == (kind == "openllama")  # so that both sides of the guard are seen
@@ -188,13 +268,23 @@ def test_each_fault_alone_is_refused(repositories, tmp_path, capsys):
     """A missing BOS, ids past the embedding, other ids: each by itself, and named."""
     guard = load_script(ROOT / "finetune_full" / "finetune_full.py").check_tokenizer
     convert = load_script(ROOT / "generate_text" / "convert_tokenizer.py")
-    convert.main(["--model_name_or_path", str(repositories["openllama"]), "--output_dir", str(tmp_path / "new")])
+    convert.main(
+        [
+            "--model_name_or_path",
+            str(repositories["openllama"]),
+            "--output_dir",
+            str(tmp_path / "new"),
+        ]
+    )
     config = tmp_path / "new" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
     rows = len(tokenizer)
     guard(str(tmp_path / "new"), tokenizer, rows)
-    plain, other = AutoTokenizer.from_pretrained(tmp_path / "new"), AutoTokenizer.from_pretrained(tmp_path / "new")
+    plain, other = (
+        AutoTokenizer.from_pretrained(tmp_path / "new"),
+        AutoTokenizer.from_pretrained(tmp_path / "new"),
+    )
     plain.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     other.backend_tokenizer.normalizer = None
     for wrong, count, message in (
@@ -212,8 +302,12 @@ def test_each_fault_alone_is_refused(repositories, tmp_path, capsys):
 def test_a_llama_tokenizer_that_does_not_speak_of_bos(repositories, tmp_path, capsys):
     """transformers 4 added BOS then, 5 does not: with all ids right, only BOS is missing."""
     guard = load_script(ROOT / "finetune_full" / "finetune_full.py").check_tokenizer
-    (tmp_path / "tokenizer.model").write_bytes((repositories["openllama"] / "tokenizer.model").read_bytes())
-    config = {name: value for name, value in KINDS["openllama"][2].items() if name != "add_bos_token"}
+    (tmp_path / "tokenizer.model").write_bytes(
+        (repositories["openllama"] / "tokenizer.model").read_bytes()
+    )
+    config = {
+        name: value for name, value in KINDS["openllama"][2].items() if name != "add_bos_token"
+    }
     for said in ({}, {"add_bos_token": False}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | said))
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)

@@ -3,14 +3,16 @@
 import gc
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, make_tokenizer
+from conftest import CONFIGS, ROOT, load_script, make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
-from test_finetune_full import load_script
 from test_finetune_lora import by_hand, fill_adapter
+from test_runs import NAMES
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 SCRIPT = ROOT / "finetune_lora" / "merge_lora.py"
@@ -25,14 +27,12 @@ def merge():
     return load_script(SCRIPT)
 
 
-@pytest.fixture(scope="module")
-def lora():
-    return load_script(SCRIPT.with_name("finetune_lora.py"))
-
-
-def make_adapter(base, directory, **options):
+def make_adapter(base, directory, tokens=0, **options):
     """An adapter as PEFT alone writes it, with B of std 0.1, and trained copies where it has some."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.config.tie_word_embeddings = is_tied(model)  # PEFT goes by it
+    if tokens:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
     torch.manual_seed(3)
     options = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "r": 4} | options
     model = get_peft_model(model, LoraConfig(**options))
@@ -40,7 +40,7 @@ def make_adapter(base, directory, **options):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ("lora_" not in name or "lora_embedding_A" in name):
             parameter.data.add_(torch.randn(parameter.shape) * 0.1)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, save_embedding_layers=False)
     return directory
 
 
@@ -64,7 +64,9 @@ def logits(model, ids=IDS):
 
 
 def load(directory, **options):
-    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, output_loading_info=True, **options
+    )
     assert not info["missing_keys"]
     return model
 
@@ -93,11 +95,16 @@ def test_merged_is_base_plus_adapter(kind, merge, checkpoints, tmp_path, capsys)
         AutoTokenizer.from_pretrained(out)("東京")["input_ids"]
         == AutoTokenizer.from_pretrained(checkpoints[kind])("東京")["input_ids"]
     )
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("verify")]
+    out = capsys.readouterr().out.splitlines()
+    assert (
+        out[0] == f"base       {checkpoints[kind]}; the adapter was trained on {checkpoints[kind]}"
+    )
+    lines = [line for line in out if line.startswith("verify")]
     assert [line.split(":")[0].split(maxsplit=1)[1] for line in lines] == [
         "base + adapter against the base", "merged against base + adapter", "cast to fp32 against merged",
         "read back against cast"]  # fmt: skip
-    assert not list(tmp_path.glob("*.partial"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "merged"]
+    assert not list((tmp_path / "merged").glob("partial-*"))
 
 
 WHOLE = {
@@ -119,7 +126,10 @@ def test_embeddings_and_head(case, merge, checkpoints, tmp_path):
     adapter, out = make_adapter(checkpoints[kind], tmp_path / "a", **options), tmp_path / "merged"
     call(merge, adapter_name_or_path=adapter, output_dir=out)
     base, merged = load(checkpoints[kind]), load(out)
-    assert largest(logits(merged), logits(PeftModel.from_pretrained(load(checkpoints[kind]), adapter))) < 1e-5
+    assert (
+        largest(logits(merged), logits(PeftModel.from_pretrained(load(checkpoints[kind]), adapter)))
+        < 1e-5
+    )
     assert is_tied(merged) == merged.config.tie_word_embeddings == tied
     names = options.get("modules_to_save", options.get("target_modules"))
     ends = {"head": (base.get_output_embeddings(), merged.get_output_embeddings()),
@@ -129,42 +139,56 @@ def test_embeddings_and_head(case, merge, checkpoints, tmp_path):
         assert torch.equal(old.weight, new.weight) != moved[end], end
 
 
+@pytest.mark.parametrize("rows", [[300, 301], [70, 299]], ids=["new", "known"])
 @pytest.mark.parametrize("kind", ENDS)
-def test_new_tokens(kind, merge, lora, checkpoints, train_file, tmp_path, monkeypatch):
-    """The merged model has the new rows as trained, the others bit by bit, and answers as the trained one did.
+def test_rows_of_tokens(kind, rows, merge, checkpoints, tmp_path):
+    """The merged model has the adapter's rows, the others bit by bit, and answers as base + adapter do.
 
     Falcon's file has a head of its own here in spite of its configuration, as the published one may.
     """
-    source = tmp_path / "base"
+    source, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
     shutil.copytree(checkpoints[kind], source)
     if kind == "falcon":
         state = load_file(source / "model.safetensors")
         state["lm_head.weight"] = torch.randn(300, 32) * 0.15
         save_file(state, source / "model.safetensors", {"format": "pt"})
-    trained = {}
-    original = lora.save_results
-    monkeypatch.setattr(lora, "save_results", lambda trainer: (trained.update(model=trainer.model), original(trainer)))
-    out, adapter = tmp_path / "merged", tmp_path / "adapter"
-    call(lora, model_name_or_path=source, train_file=train_file, output_dir=adapter, max_steps=3,
-         learning_rate="1e-2", new_tokens="東京,書店")  # fmt: skip
-    call(merge, adapter_name_or_path=adapter / "checkpoint-3", output_dir=out)
-    base, merged = load(source), load(out)
-    ids = torch.cat([IDS, torch.tensor([[300, 301]] * 3)], 1)
-    assert largest(logits(merged, ids), logits(trained["model"], ids)) < 1e-5
+    base, tokenizer = load(source), AutoTokenizer.from_pretrained(source)
+    names, is_new = [ENDS[kind]] + ["lm_head"] * (not is_tied(base)), rows == [300, 301]
+    tokenizer.add_tokens(["東京", "書店"] * is_new)
+    indices = {name.rpartition(".")[2]: rows for name in names}
+    make_adapter(source, adapter, 302 * is_new, trainable_token_indices=indices)
+    tokenizer.save_pretrained(adapter)
+    trained = load(source)
+    trained.config.tie_word_embeddings = is_tied(trained)
+    if is_new:
+        trained.resize_token_embeddings(302, mean_resizing=False)
+    trained = PeftModel.from_pretrained(trained, adapter)
+    call(merge, adapter_name_or_path=adapter, output_dir=out)
+    merged, ids = load(out), torch.cat([IDS, torch.tensor([rows] * 3)], 1)
+    assert largest(logits(merged, ids), logits(trained, ids)) < 1e-5
     saved = load_file(adapter / "adapter_model.safetensors")
-    for name in [ENDS[kind]] + ["lm_head"] * (not is_tied(base)):
+    others = [row for row in range(300) if row not in rows]
+    for name in names:
         old, new = base.get_submodule(name).weight, merged.get_submodule(name).weight
-        assert torch.equal(new[:300], old)
-        assert torch.equal(new[300:], saved[f"base_model.model.{name}.token_adapter.trainable_tokens_delta"])
+        assert torch.equal(new[others], old[others])
+        delta = saved[f"base_model.model.{name}.token_adapter.trainable_tokens_delta"]
+        assert torch.equal(new[rows], delta) and len(new) == (302 if is_new else 300)
     assert is_tied(merged) == merged.config.tie_word_embeddings == is_tied(base) == (kind == "gpt2")
-    assert AutoTokenizer.from_pretrained(out)("東京")["input_ids"][-1] == 300
-    # without the rows in the adapter there is nothing to put where the new ids point
+    assert AutoTokenizer.from_pretrained(out)("東京")["input_ids"] == tokenizer("東京")["input_ids"]
+    if not is_new:
+        return
+    # Without the rows in the adapter there is nothing to put where the new ids point.
     state = {name: tensor for name, tensor in saved.items() if "token_adapter" not in name}
     save_file(state, adapter / "adapter_model.safetensors")
-    config = json.loads((adapter / "adapter_config.json").read_text()) | {"trainable_token_indices": None}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    set_record(adapter, trainable_token_indices=None)
     with pytest.raises(SystemExit):
         call(merge, adapter_name_or_path=adapter, output_dir=tmp_path / "again")
+    assert not list((tmp_path / "again").iterdir())
+
+
+def set_record(adapter, **changed):
+    record = adapter / "adapter_config.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | changed))
 
 
 def test_dtype(merge, checkpoints, tmp_path):
@@ -174,84 +198,108 @@ def test_dtype(merge, checkpoints, tmp_path):
     AutoTokenizer.from_pretrained(checkpoints["llama"]).save_pretrained(half)
     adapter = make_adapter(half, tmp_path / "a")
     exact = by_hand(half, adapter).state_dict()
-    for name, dtype in {"auto": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.items():
+    for name, dtype in {
+        "auto": torch.float16,
+        "bf16": torch.bfloat16,
+        "fp32": torch.float32,
+    }.items():
         call(merge, adapter_name_or_path=adapter, output_dir=tmp_path / name, dtype=name)
         state = load_file(tmp_path / name / "model.safetensors")
         assert {tensor.dtype for tensor in state.values()} == {dtype}
         assert load(tmp_path / name, dtype="auto").dtype == dtype
         for key, tensor in state.items():  # a last bit of fp32 may differ, and so turn a rounding
             assert (tensor != exact[key].to(dtype)).float().mean() < (1e-3 if name != "fp32" else 1)
-            assert torch.allclose(tensor.float(), exact[key], rtol=1e-2 if name != "fp32" else 1e-5, atol=1e-6)
+            assert torch.allclose(
+                tensor.float(), exact[key], rtol=1e-2 if name != "fp32" else 1e-5, atol=1e-6
+            )
 
 
-def test_an_adapter_of_a_quantised_base(merge, lora, checkpoints, train_file, tmp_path, capsys):
-    """It is merged into the full precision, and that is said; the adapter of one bf16 run says nothing of it."""
-    bases = {"4 bit": {"load_in_4bit": "true"}, "8 bit": {"load_in_8bit": "true"}, "bf16": {"precision": "bf16"}}
-    for name, options in bases.items():
-        adapter, out = tmp_path / name, tmp_path / f"{name} merged"
-        call(lora, model_name_or_path=checkpoints["falcon"], train_file=train_file, output_dir=adapter, max_steps=2,
-             learning_rate="1e-2", **options)  # fmt: skip
-        capsys.readouterr()
+@pytest.mark.parametrize("place", ["adapter", "adapter/checkpoint-3"])
+def test_an_adapter_of_a_quantised_base(place, merge, trained, tmp_path, capsys):
+    """It is merged into the full precision, and that is said; one of another run says nothing of it."""
+    adapter = tmp_path / place
+    shutil.copytree(trained[1], adapter)
+    for said in ("load_in_4bit: true", "load_in_8bit: true", "bf16: true"):
+        (tmp_path / "adapter" / "run_args.yaml").write_text(
+            f"output_dir: o\n{said}\nrun:\n  id: 1\n"
+        )
+        out = tmp_path / said
         call(merge, adapter_name_or_path=adapter, output_dir=out)
-        said = f"trained on the base in {name}, merged into it in full precision" in capsys.readouterr().out
-        assert said == ("bit" in name)
-        assert largest(logits(load(out)), logits(by_hand(checkpoints["falcon"], adapter))) < 1e-5
-        assert GenerationConfig.from_pretrained(out).eos_token_id in (0, [0])
+        is_said = f"trained on the base in {said[8]} bit" in capsys.readouterr().out
+        assert is_said == ("bit" in said)
+        assert largest(logits(load(out)), logits(by_hand(trained[0], adapter))) < 1e-5
 
 
 @pytest.fixture(scope="module")
-def trained(lora, checkpoints, train_file, tmp_path_factory):
-    """(base, adapter trained on it), the adapter knowing its base."""
+def trained(checkpoints, tmp_path_factory):
+    """(base, adapter on it with a tokenizer and generation settings)."""
     root = tmp_path_factory.mktemp("trained")
     shutil.copytree(checkpoints["llama"], root / "base")
-    call(lora, model_name_or_path=root / "base", train_file=train_file, output_dir=root / "adapter", max_steps=2)
+    make_adapter(root / "base", root / "adapter")
+    AutoTokenizer.from_pretrained(root / "base").save_pretrained(root / "adapter")
+    GenerationConfig(eos_token_id=[0, 1]).save_pretrained(root / "adapter")
     return root / "base", root / "adapter"
 
 
-def test_another_base_is_refused(merge, trained, checkpoints, tmp_path, capsys):
-    """Told by its weights, also where the shapes agree; the same weights elsewhere, in another form, are the same."""
+def test_a_base_that_moved(merge, trained, tmp_path, capsys, monkeypatch):
+    """Named by hand, in another form; a relative record is looked for from here and from the adapter."""
     base, adapter = trained
-    options = {"adapter_name_or_path": adapter, "output_dir": tmp_path / "o"}
-    state, other = load_file(base / "model.safetensors"), tmp_path / "other"
+    other, gone = tmp_path / "other", tmp_path / "gone"
     shutil.copytree(base, other)
-    for name in ("model.layers.0.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"):
-        save_file(state | {name: state[name] * 1.001}, other / "model.safetensors", {"format": "pt"})
-        message = refused(merge, capsys, **options, base_model_name_or_path=other)
-        assert "is not what the adapter was trained on" in message
-    gone = tmp_path / "gone"
     shutil.copytree(adapter, gone)
-    record = json.loads((gone / "adapter_config.json").read_text()) | {"base_model_name_or_path": "/no/such/base"}
-    (gone / "adapter_config.json").write_text(json.dumps(record))
-    options["adapter_name_or_path"] = gone
+    set_record(gone, base_model_name_or_path="/no/such/base")
+    options = {"adapter_name_or_path": gone, "output_dir": tmp_path / "o"}
     message = refused(merge, capsys, **options)
-    assert "base /no/such/base is not here" in message
-    assert "--base_model_name_or_path" in message
+    assert "base /no/such/base is not here" in message and "--base_model_name_or_path" in message
     assert not list((tmp_path / "o").iterdir())
+    state = load_file(other / "model.safetensors")
     (other / "model.safetensors").unlink()
     names, index = sorted(state), {}
     for part in (0, 1):
         file = f"pytorch_model-0000{part + 1}-of-00002.bin"
         torch.save({name: state[name] for name in names[part::2]}, other / file)
         index |= dict.fromkeys(names[part::2], file)
-    (other / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (other / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     call(merge, **options, base_model_name_or_path=other)
-    assert (tmp_path / "o" / "model.safetensors").is_file()
+    assert (
+        f"base       {other}; the adapter was trained on /no/such/base" in capsys.readouterr().out
+    )
+    assert largest(logits(load(tmp_path / "o")), logits(by_hand(base, adapter))) < 1e-5
+    for number, (record, start) in enumerate(
+        [("../other", "gone"), ("other", "gone"), ("other", ".")]
+    ):
+        set_record(gone, base_model_name_or_path=record)
+        monkeypatch.chdir(tmp_path / start)
+        name = "." if start == "gone" else gone
+        call(merge, adapter_name_or_path=name, output_dir=tmp_path / f"{number}")
 
 
-def test_an_adapter_of_unknown_origin(merge, checkpoints, tmp_path, capsys):
-    """Without a record of the base only what does not fit is refused: shapes, layers that are missing or too many."""
-    adapter = make_adapter(checkpoints["llama"], tmp_path / "a", target_modules=["k_proj", "down_proj"])
-    call(merge, adapter_name_or_path=adapter, output_dir=tmp_path / "o")
-    assert "only names and shapes are compared" in capsys.readouterr().out
+def test_another_base_is_refused(merge, trained, checkpoints, tmp_path, capsys):
+    """Other shapes, another vocabulary, layers that are missing or too many. Other weights are not noticed."""
+    base, with_tokenizer = trained
+    adapter = make_adapter(base, tmp_path / "a", target_modules=["k_proj", "down_proj"])
     options = {"adapter_name_or_path": adapter, "output_dir": tmp_path / "o2"}
-    assert "does not fit on" in refused(merge, capsys, **options, base_model_name_or_path=checkpoints["qwen3"])
-    assert "does not fit on" in refused(merge, capsys, **options, base_model_name_or_path=checkpoints["gpt2"])
-    for layers in (1, 3):
+    message = refused(merge, capsys, **options, base_model_name_or_path=checkpoints["qwen3"])
+    assert "size mismatch" in message
+    message = refused(merge, capsys, **options, base_model_name_or_path=checkpoints["gpt2"])
+    assert "not found in the base model" in message
+    for layers, wanted in ((1, "not found in the base model"), (3, "missing adapter keys")):
         config = CONFIGS["llama"](300)
         config.num_hidden_layers = layers
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / f"{layers}")
         make_tokenizer().save_pretrained(tmp_path / f"{layers}")
-        assert "does not fit on" in refused(merge, capsys, **options, base_model_name_or_path=tmp_path / f"{layers}")
+        other = {"base_model_name_or_path": tmp_path / f"{layers}"}
+        message = refused(merge, capsys, **options, **other)
+        assert wanted in message or "which lacks" in message
+    options["adapter_name_or_path"] = with_tokenizer
+    shutil.copytree(base, tmp_path / "words")
+    tokenizer = (tmp_path / "words" / "tokenizer.json").read_text()
+    (tmp_path / "words" / "tokenizer.json").write_text(tokenizer.replace("<|pad|>", "<|new|>"))
+    message = refused(merge, capsys, **options, base_model_name_or_path=tmp_path / "words")
+    assert "another vocabulary" in message
+    assert not list((tmp_path / "o2").iterdir())
 
 
 def test_what_comes_along(merge, checkpoints, tmp_path, capsys):
@@ -267,9 +315,17 @@ def test_what_comes_along(merge, checkpoints, tmp_path, capsys):
     tokenizer.save_pretrained(adapter)
     call(merge, adapter_name_or_path=adapter, output_dir=tmp_path / "o")
     assert (tmp_path / "o" / "tokenizer.model").read_bytes() == b"sentencepiece"
-    assert AutoTokenizer.from_pretrained(tmp_path / "o").chat_template == "{{ messages[0].content }}"
-    assert json.loads((tmp_path / "o" / "generation_config.json").read_text()).items() >= generation.items()
-    modes = {(tmp_path / "o" / name).stat().st_mode & 0o777 for name in ("model.safetensors", "config.json")}
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "o").chat_template == "{{ messages[0].content }}"
+    )
+    assert (
+        json.loads((tmp_path / "o" / "generation_config.json").read_text()).items()
+        >= generation.items()
+    )
+    modes = {
+        (tmp_path / "o" / name).stat().st_mode & 0o777
+        for name in ("model.safetensors", "config.json")
+    }
     assert len(modes) == 1  # who may read the one may read the other
     # an adapter that was never trained gives the base, and that is said
     state = load_file(adapter / "adapter_model.safetensors")
@@ -282,29 +338,30 @@ def test_what_comes_along(merge, checkpoints, tmp_path, capsys):
 
 def test_a_wrong_result_is_not_left(merge, trained, tmp_path, capsys, monkeypatch):
     """One entry wrong in the merged model, or in what was written: refused, and nothing is there."""
-    adapter = trained[1]
-    options, original = {"adapter_name_or_path": adapter, "output_dir": tmp_path / "o"}, merge.merge
+    adapter, original = trained[1], LoraModel.merge_and_unload
+    options = {"adapter_name_or_path": adapter, "output_dir": tmp_path / "o"}
 
-    def wrong(args, model):
-        model = original(args, model)
+    def wrong(self, *args, **kwargs):
+        model = original(self, *args, **kwargs)
         model.lm_head.weight.data[5] *= 1.1
         return model
 
-    monkeypatch.setattr(merge, "merge", wrong)
-    assert "the merged model does not answer as it should" in refused(merge, capsys, **options)
-    monkeypatch.setattr(merge, "merge", original)
-    save = merge.save
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraModel, "merge_and_unload", wrong)
+        assert "the merged model does not answer as it should" in refused(merge, capsys, **options)
+    load_base = merge.load_base
 
-    def corrupt(*arguments):
-        written = save(*arguments)
-        state = load_file(written / "model.safetensors")
-        state["lm_head.weight"][5] *= 1.1
-        save_file(state, written / "model.safetensors", {"format": "pt"})
-        return written
+    def corrupt(args, name):
+        file = Path(name) / "model.safetensors"
+        if "partial-" in str(name):
+            state = load_file(file)
+            state["lm_head.weight"][5] *= 1.1
+            save_file(state, file, {"format": "pt"})
+        return load_base(args, name)
 
-    monkeypatch.setattr(merge, "save", corrupt)
-    assert "what was written does not answer as it should" in refused(merge, capsys, **options)
-    monkeypatch.setattr(merge, "save", save)
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "load_base", corrupt)
+        assert "what was written does not answer as it should" in refused(merge, capsys, **options)
     state = load_file(adapter / "adapter_model.safetensors")
     large = tmp_path / "large"
     shutil.copytree(adapter, large)
@@ -312,11 +369,41 @@ def test_a_wrong_result_is_not_left(merge, trained, tmp_path, capsys, monkeypatc
     save_file(state | {name: state[name] + 1e6}, large / "adapter_model.safetensors")
     options["adapter_name_or_path"] = large
     assert "Try --dtype bf16" in refused(merge, capsys, **options, dtype="fp16")
-    assert not list((tmp_path / "o").iterdir())
-    assert not list(tmp_path.glob("*.partial"))
     save_file(state | {name: state[name] * torch.nan}, large / "adapter_model.safetensors")
     with pytest.raises(SystemExit):
         call(merge, **options)
+    assert not list((tmp_path / "o").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "o"]
+
+
+def test_any_path(merge, trained, tmp_path, monkeypatch):
+    """Every kind of name as base, adapter and output, absolute and relative, links and `~`."""
+    base, adapter = trained
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in NAMES:
+        here = tmp_path / f"{name}.d"
+        shutil.copytree(base, here / f"{name}.base")
+        shutil.copytree(adapter, here / f"{name}.adapter")
+        set_record(here / f"{name}.adapter", base_model_name_or_path=f"./{here.name}/{name}.base/")
+        given = f"./{here.name}/{name}.adapter/"
+        call(merge, adapter_name_or_path=given, output_dir=f"./{here.name}/out/{name}/")
+        assert (here / "out" / name / "config.json").is_file(), name
+    (tmp_path / "home").symlink_to("日本語.d")
+    outputs = {"link": tmp_path / "far", "empty": tmp_path / "empty", ".": tmp_path / "here",
+               "~/~": tmp_path / "home" / "~"}  # fmt: skip
+    for name in ("far", "empty", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "home" / "lora").symlink_to("日本語.adapter")
+    (tmp_path / "empty").chmod(0o750)
+    for given, output in outputs.items():
+        monkeypatch.chdir(tmp_path / "here" if given == "." else tmp_path)
+        words = {"adapter_name_or_path": "~/lora", "base_model_name_or_path": "~/日本語.base"}
+        call(merge, **words, output_dir=given)
+        assert load(output) and not list(output.glob("partial-*"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty").stat().st_mode & 0o777 == 0o750
+    assert str((tmp_path / "home" / "lora").readlink()) == "日本語.adapter"
 
 
 def test_bad_arguments(merge, trained, checkpoints, tmp_path, capsys):
@@ -333,24 +420,28 @@ def test_bad_arguments(merge, trained, checkpoints, tmp_path, capsys):
     quantised = tmp_path / "quantised"
     shutil.copytree(base, quantised)
     gptq = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    (quantised / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | gptq))
+    (quantised / "config.json").write_text(
+        json.dumps(json.loads((base / "config.json").read_text()) | gptq)
+    )
     lacking = tmp_path / "lacking"
     shutil.copytree(base, lacking)
-    state = {n: t for n, t in load_file(base / "model.safetensors").items() if n != "model.norm.weight"}
+    state = {
+        n: t for n, t in load_file(base / "model.safetensors").items() if n != "model.norm.weight"
+    }
     save_file(state, lacking / "model.safetensors", {"format": "pt"})
     unknown = make_adapter(base, tmp_path / "unknown")
     cases = [
-        ({"output_dir": full}, "holds something already"),
-        ({"output_dir": full / "kept"}, "holds something already"),
-        ({"output_dir": "/dev/null/x"}, "cannot be written"),
-        ({"output_dir": adapter}, "holds something already"),
-        ({"adapter_name_or_path": tmp_path / "nowhere"}, "is no adapter here, nor could it be fetched"),
-        ({"adapter_name_or_path": "no/such-adapter"}, "is no adapter here, nor could it be fetched"),
-        ({"adapter_name_or_path": base}, "is no adapter here"),
-        ({"adapter_name_or_path": broken}, "is no adapter here"),
+        ({"output_dir": full}, "must be empty, and yours to write"),
+        ({"output_dir": full / "kept"}, "must be empty, and yours to write"),
+        ({"output_dir": "/dev/null/x"}, "must be empty, and yours to write"),
+        ({"output_dir": adapter}, "must be empty, and yours to write"),
+        ({"adapter_name_or_path": tmp_path / "nowhere"}, "nowhere cannot be merged: "),
+        ({"adapter_name_or_path": "no/such-adapter"}, "no/such-adapter cannot be merged: "),
+        ({"adapter_name_or_path": base}, "adapter_config.json"),
+        ({"adapter_name_or_path": broken}, f"{broken} cannot be merged: "),
         ({"adapter_name_or_path": prompt}, "is of the kind PROMPT_TUNING"),
-        ({"adapter_name_or_path": half}, "does not fit on"),
-        ({"base_model_name_or_path": tmp_path / "nowhere"}, "is not here, nor could it be fetched"),
+        ({"adapter_name_or_path": half}, f"{half} cannot be merged: "),
+        ({"base_model_name_or_path": tmp_path / "nowhere"}, "nowhere is not here. Say where"),
         ({"base_model_name_or_path": quantised}, "is stored quantised"),
         ({"base_model_name_or_path": lacking, "adapter_name_or_path": unknown}, "lacks weights"),
         ({"dtype": "fp8"}, "argument --dtype"),
