@@ -55,7 +55,8 @@ class ScriptArguments:
 
 # Where we start from other values than Trainer; the command line wins.
 DEFAULTS = {"output_dir": "output", "learning_rate": 2e-5, "logging_steps": 10}
-DEFAULTS |= {"train_sampling_strategy": "group_by_length"}  # pads least; random mixes most
+DEFAULTS |= {"train_sampling_strategy": "group_by_length", "ddp_find_unused_parameters": False}
+DEFAULTS |= {"log_level_replica": "error"}  # the first rank speaks for all
 
 
 # ---- 2. Data: format yours here ----
@@ -681,3 +682,5 @@ def save_results(trainer, run):
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # or a rank may end by SIGABRT
