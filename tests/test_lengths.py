@@ -6,12 +6,19 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-# Physical lines; whatever is not named here may have 300.
+# Physical lines; whatever is not named here may have 300. The aim for the five that are named is
+# 560, 640, 640, 440 and 300: a limit here goes down with each cut, and up only on purpose.
 LIMITS = {
-    "finetune_full/finetune_full.py": 560,
-    "finetune_lora/finetune_lora.py": 640,
-    "finetune_lastlayer/finetune_lastlayer.py": 640,
-    "generate_text/generate_text.py": 440,
+    "finetune_full/finetune_full.py": 690,
+    "finetune_lora/finetune_lora.py": 830,
+    "finetune_lastlayer/finetune_lastlayer.py": 820,
+    "generate_text/generate_text.py": 510,
+    "generate_text/chat.py": 380,
+}
+# Lines in which `diff` finds a script other than finetune_full.py: the lesson and little else.
+DIFFERENCES = {
+    "finetune_lora/finetune_lora.py": 170,
+    "finetune_lastlayer/finetune_lastlayer.py": 160,
 }
 FILES = subprocess.run(
     ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
@@ -29,3 +36,11 @@ def test_lengths(file):
         if isinstance(node, ast.FunctionDef):
             length = node.end_lineno - node.lineno + 1
             assert length <= 45, f"{file}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("file", DIFFERENCES)
+def test_differences(file):
+    command = ["diff", "finetune_full/finetune_full.py", file]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    changed = sum(line.startswith(("<", ">")) for line in out.splitlines())
+    assert changed <= DIFFERENCES[file], f"{file}: {changed} lines differ"
