@@ -1,4 +1,4 @@
-"""The figures in the text and in the pictures about DeepSpeed are those that deepspeed_configs/draw.py counts."""
+"""The figures about DeepSpeed, in text and pictures, are those that draw.py counts."""
 
 import importlib.metadata
 import importlib.util
@@ -31,7 +31,8 @@ def figure(paint):
 
 
 def test_the_counts_by_hand(draw):
-    total = {(config, n): sum(draw.gpu_bytes(config, n)) for config in draw.CONFIGS for n in (1, 8, 16)}
+    cases = itertools.product(draw.CONFIGS, (1, 8, 16))
+    total = {(config, n): sum(draw.gpu_bytes(config, n)) for config, n in cases}
     assert (total["none", 1], total["none", 8]) == (16, 20)
     assert [total["zero1", n] for n in (1, 8, 16)] == [22, 5.75, 4.875]
     assert [total["zero2", n] for n in (1, 8, 16)] == [22, 4.5, 3.25]
@@ -54,31 +55,41 @@ def test_more_gpus_and_later_stages_never_need_more(draw):
 
 
 def test_every_configuration_is_counted_and_is_what_its_name_says(draw):
-    assert {path.stem for path in FOLDER.glob("*.json")} == {*draw.CONFIGS} - {"none"} == {*draw.FORMULAS} - {"none"}
+    files = {path.stem for path in FOLDER.glob("*.json")} | {"none"}
+    assert files == {*draw.CONFIGS} == {*draw.FORMULAS}
     for config in draw.CONFIGS[1:]:
-        zero = json.loads((FOLDER / f"{config}.json").read_text(encoding="utf-8"))["zero_optimization"]
+        text = (FOLDER / f"{config}.json").read_text(encoding="utf-8")
+        zero = json.loads(text)["zero_optimization"]
         assert zero["stage"] == int(config[4])
         offloaded = [part for part in ("offload_optimizer", "offload_param") if part in zero]
-        expected = {"zero2_offload": ["offload_optimizer"], "zero3_offload": ["offload_optimizer", "offload_param"]}
+        expected = {
+            "zero2_offload": ["offload_optimizer"],
+            "zero3_offload": ["offload_optimizer", "offload_param"],
+        }
         assert offloaded == expected.get(config, [])
         assert all(zero[part]["device"] == "cpu" for part in offloaded)
 
 
 def test_the_buffers_in_the_text_are_deepspeeds_own():
-    """The README names sizes that are DeepSpeed's defaults, and the dtype that accumulated gradients have."""
-    source = importlib.metadata.distribution("deepspeed").locate_file("deepspeed/runtime/zero/config.py")
-    text = Path(source).read_text(encoding="utf-8")  # importing it would take a quarter of a minute
-    for name, default in {"reduce_bucket_size": "5e8", "max_live_parameters": "1e9", "sub_group_size": "1e9"}.items():
+    """The README names sizes, and a dtype, that are DeepSpeed's defaults."""
+    # Importing it would take a quarter of a minute.
+    package = importlib.metadata.distribution("deepspeed")
+    text = Path(package.locate_file("deepspeed/runtime/zero/config.py")).read_text(encoding="utf-8")
+    sizes = {"reduce_bucket_size": "5e8", "max_live_parameters": "1e9", "sub_group_size": "1e9"}
+    for name, default in sizes.items():
         assert re.search(rf"^    {name}: int = Field\(pp_int\({default}\)", text, re.M), name
     for path in FOLDER.glob("*.json"):
         text = path.read_text(encoding="utf-8")
         assert "data_types" not in text and "sub_group_size" not in text and "max_live" not in text
 
 
-def test_table_of_the_folder(draw):
-    lines = (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("| no file | 4"))
-    assert lines[first : first + len(draw.CONFIGS)] == list(draw.memory_rows())
+@pytest.mark.parametrize("name", READMES)
+def test_tables_of_the_folder(draw, name):
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    assert "\n".join(draw.memory_rows()) in text
+    assert "\n".join(draw.plan_rows()) in text
+    assert f"{draw.RESERVE_GB} GB" in text and f"{draw.GPU_GB} GB" in text
+    assert "](memory.png)" in text and "](parallel.png)" in text
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -86,9 +97,6 @@ def test_table_of_the_seven_models(draw, name):
     text = (ROOT / name).read_text(encoding="utf-8")
     for model, (size, *_) in draw.MODELS.items():
         assert any(f"{size:,}" in line for line in text.splitlines() if f"[{model}]" in line), model
-    assert "deepspeed_configs/memory.png" in text
-    assert "\n".join(draw.plan_rows()) in text
-    assert f"{draw.RESERVE_GB} GB" in text
 
 
 def test_plans_leave_the_reserve(draw):
@@ -110,17 +118,20 @@ def test_chart_shows_the_counts(draw):
 
 
 def test_panels_work_only_on_one_thing_at_a_time(draw):
-    """No GPU does two things at once, none works beyond the end of its line, and the naive GPUs take turns."""
+    """No GPU does two things at once or works beyond its line's end; the naive ones take turns."""
     panels = figure(draw.draw_parallel).axes
     assert len(panels) == 4
     for axes in panels:
         lanes = {}
         for box in axes.patches:
             if box.get_width() < 8:
-                lanes.setdefault(box.get_y(), []).append((box.get_x(), box.get_x() + box.get_width()))
+                span = (box.get_x(), box.get_x() + box.get_width())
+                lanes.setdefault(box.get_y(), []).append(span)
         assert len(lanes) == 4
-        naive = "Naive" in axes.get_title(loc="left")
-        for spans in [[span for lane in lanes.values() for span in lane]] if naive else lanes.values():
+        alone = list(lanes.values())
+        if "Naive" in axes.get_title(loc="left"):
+            alone = [[span for spans in alone for span in spans]]
+        for spans in alone:
             spans = sorted(spans)
             assert all(end <= start + 0.01 for (_, end), (start, _) in itertools.pairwise(spans))
             assert spans[-1][1] <= 8.01
@@ -136,4 +147,4 @@ def test_pictures_are_small_and_up_to_date(draw, name, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.count("| ") > 20
     old, new = imread(FOLDER / f"{name}.png"), imread(tmp_path / f"{name}.png")
     assert old.shape == new.shape
-    assert abs(old - new).mean() < 0.01, f"{name}.png is not what draw.py draws. Type: python draw.py"
+    assert abs(old - new).mean() < 0.01, f"{name}.png is another. Type: python draw.py"
