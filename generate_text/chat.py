@@ -111,7 +111,7 @@ def load_tokenizer(args):
     if args.recorded and Path(args.model_name_or_path, "tokenizer_config.json").is_file():
         name = args.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(name, **remote)
-        check(known <= tokenizer.get_vocab().items(), "the base has another vocabulary.")
+        check(known <= tokenizer.get_vocab().items(), f"{args.base} has another vocabulary.")
         rows = max(rows, len(tokenizer))  # an adapter may bring rows for new tokens
     check_tokenizer(name, tokenizer, rows)
     choose_chat_template(args.chat_template, tokenizer)
@@ -156,6 +156,7 @@ def add_adapter(args, model, tokens):
         model.resize_token_embeddings(tokens, mean_resizing=False)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     new = [end.weight.data[rows:].fill_(torch.nan) for end in ends]  # shows what it does not bring
+    warnings.simplefilter("ignore", FutureWarning)  # of one package about another
     warnings.filterwarnings("error", ".*missing adapter keys")  # peft would go on without them
     model = PeftModel.from_pretrained(model, args.model_name_or_path)
     ids = torch.arange(tokens, device=model.device)[None, rows:][:, -16:]
@@ -210,9 +211,8 @@ def main(argv=None):
         model = load_model(args, precision, tokenizer)
         set_generation(args, model, tokenizer, is_chat=True)
     except (*known, TemplateError) as error:
-        fail(f"{args.base}: {error}")
-    base = f", adapter on {args.base}, trained on {args.recorded}" if args.recorded else ""
-    note("model", f"{args.model_name_or_path} ({model.config.model_type}){base}")
+        fail(f"{args.model_name_or_path}{args.origin}: {error}")
+    note("model", f"{args.model_name_or_path} ({model.config.model_type}){args.origin}")
     note("device", f"{model.device}, {precision} ({reason}); exit or Ctrl-D ends the chat")
     try:
         talk(args, model, tokenizer)
@@ -296,11 +296,14 @@ def check_arguments(args):
     fits = 0 < args.temperature < 1e9 and 0 < args.top_p <= 1 and 0 <= args.seed < 2**62
     check(fits, "--temperature must be above 0, --top_p above 0 and at most 1, --seed 0 or more.")
     name = args.model_name_or_path
-    record, args.base, args.recorded = Path(name, "adapter_config.json"), name, None
+    record, args.base, args.recorded, args.origin = Path(name, "adapter_config.json"), name, "", ""
     if record.is_file():
-        args.recorded = json.loads(record.read_text("utf-8"))["base_model_name_or_path"] or "?"
+        with suppress(ValueError):
+            args.recorded = json.loads(record.read_text("utf-8")).get("base_model_name_or_path")
+        check(args.recorded, f"{record} names no base: put it there as base_model_name_or_path.")
         places = [Path(at, args.recorded) for at in (".", name, Path(name).absolute().parent)]
         args.base = next((str(place) for place in places if place.is_dir()), args.recorded)
+        args.origin = f", adapter on {args.base}, trained on {args.recorded}"
 
 
 # Copied from generate_text/generate_text.py

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Let a causal language model, or an adapter on top of one, answer a prompt or a file of prompts.
 
-A prompt has exactly the token ids it had in training. Answers go to stdout or into the output
-file, the rest to stderr. Weights take 2 bytes per parameter (4 on a CPU, 1 in 8 bit, about 0.5 in
-4 bit). Interrupted, the same command goes on where it stopped; other settings are refused.
+A prompt has exactly the ids it had in training. Weights take 2 bytes per parameter (4 on a CPU,
+1 in 8 bit, about 0.5 in 4 bit). Interrupted, the same command goes on where it stopped.
 
 By hand   python generate_text.py --model_name_or_path MODEL --prompt TEXT
 A file    python generate_text.py --model_name_or_path MODEL --prompt_file FILE --output_file OUT
@@ -19,7 +18,7 @@ import os
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -171,7 +170,7 @@ def load_tokenizer(args):
     if args.recorded and Path(args.model_name_or_path, "tokenizer_config.json").is_file():
         name = args.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(name, **remote)
-        check(known <= tokenizer.get_vocab().items(), "the base has another vocabulary.")
+        check(known <= tokenizer.get_vocab().items(), f"{args.base} has another vocabulary.")
         rows = max(rows, len(tokenizer))  # an adapter may bring rows for new tokens
     check_tokenizer(name, tokenizer, rows)
     choose_chat_template(args.chat_template, tokenizer)
@@ -216,6 +215,7 @@ def add_adapter(args, model, tokens):
         model.resize_token_embeddings(tokens, mean_resizing=False)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     new = [end.weight.data[rows:].fill_(torch.nan) for end in ends]  # shows what it does not bring
+    warnings.simplefilter("ignore", FutureWarning)  # of one package about another
     warnings.filterwarnings("error", ".*missing adapter keys")  # peft would go on without them
     model = PeftModel.from_pretrained(model, args.model_name_or_path)
     ids = torch.arange(tokens, device=model.device)[None, rows:][:, -16:]
@@ -275,7 +275,8 @@ def main(argv=None):
         model = load_model(args, precision, tokenizer)
         set_generation(args, model, tokenizer, is_chat=form != "prompt")
     except (*known, TemplateError) as error:
-        fail(FULL if isinstance(error, torch.OutOfMemoryError) else f"{args.base}: {error}")
+        is_full = isinstance(error, torch.OutOfMemoryError)
+        fail(FULL if is_full else f"{args.model_name_or_path}{args.origin}: {error}")
     print_banner(args, model, tokenizer, f"{precision} ({reason})", prompts)
     try:
         if args.prompt_file:
@@ -372,19 +373,22 @@ def check_arguments(args):
     check((file is None) != (args.prompt is None), "give one of --prompt and --prompt_file.")
     check((file is None) == (args.output_file is None), "--prompt_file needs an --output_file.")
     check(file is None or Path(file).is_file(), f"{file} is not there, seen from {Path.cwd()}.")
-    numbers = min(args.batch_size, args.max_new_tokens)
-    check(numbers > 0, "--batch_size and --max_new_tokens must be 1 or more.")
+    check(args.batch_size > 0, "--batch_size must be 1 or more.")
+    check(args.max_new_tokens > 0, "--max_new_tokens must be 1 or more.")
     is_plain = args.temperature == args.top_p == 1
     check(args.do_sample or is_plain, "--temperature and --top_p do nothing without --do_sample.")
     fits = 0 < args.temperature < 1e9 and 0 < args.top_p <= 1 and 0 <= args.seed < 2**62
     check(fits, "--temperature must be above 0, --top_p above 0 and at most 1, --seed 0 or more.")
     is_gone = template in ("dolly", "rinna") and not Path(template).exists()
-    check(not is_gone, f"type --chat_template ../chat_templates/{template}.jinja, it is a file.")
-    record, args.base, args.recorded = Path(name, "adapter_config.json"), name, None
+    check(not is_gone, f"--chat_template ../chat_templates/{template}.jinja: it is a file now.")
+    record, args.base, args.recorded, args.origin = Path(name, "adapter_config.json"), name, "", ""
     if record.is_file():
-        args.recorded = json.loads(record.read_text("utf-8"))["base_model_name_or_path"] or "?"
+        with suppress(ValueError):
+            args.recorded = json.loads(record.read_text("utf-8")).get("base_model_name_or_path")
+        check(args.recorded, f"{record} names no base: put it there as base_model_name_or_path.")
         places = [Path(at, args.recorded) for at in (".", name, Path(name).absolute().parent)]
         args.base = next((str(place) for place in places if place.is_dir()), args.recorded)
+        args.origin = f", adapter on {args.base}, trained on {args.recorded}"
     check(args.recorded or not args.compare_base, "--compare_base needs an adapter.")
 
 
@@ -456,8 +460,7 @@ def check_tokenizer(name, tokenizer, rows):
 def print_banner(args, model, tokenizer, precision, prompts):
     import torch
 
-    base = f", adapter on {args.base}, trained on {args.recorded}" if args.recorded else ""
-    size = f"{model.num_parameters():,} parameters{base}"
+    size = f"{model.num_parameters():,} parameters{args.origin}"
     note("model", f"{args.model_name_or_path} ({model.config.model_type}), {size}")
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
     used = dict.fromkeys(map(str, getattr(model, "hf_device_map", {"": model.device}).values()))
@@ -491,8 +494,7 @@ def claim_output(args, precision, prompts):
     changed = [f"{name} was {was}, now {now}" for name, was, now in pairs if was != now]
     suffixes = ["", ".partial", ".tmp", ".settings.json"][: 3 if "prompts" in before else 4]
     is_free = not any(Path(f"{output}{suffix}").exists() for suffix in suffixes)
-    problem = f"{output} holds other answers. Choose another --output_file, or remove it."
-    check(is_free or not changed, f"{problem} ({'; '.join(changed)})")
+    check(is_free or not changed, f"{output} holds other answers: choose another. {changed}")
     if output.exists():
         note("finished", f"{output} holds these answers; remove it to make them again")
         raise SystemExit(0)

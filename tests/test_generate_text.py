@@ -19,6 +19,7 @@ from datasets import Dataset
 from test_runs import NAMES
 from tokenizers import Tokenizer
 from transformers import (
+    AddedToken,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -324,6 +325,11 @@ def test_same_seed_same_draws_also_after_a_restart(tmp_path, checkpoints, train_
     first = answers("a", "--seed", 1)
     assert answers("b", "--seed", 1) == first != answers("c", "--seed", 2)
     assert answers("d", "--seed", 1, "--temperature", 0.01, "--top_p", 1) != first
+    alike = write_jsonl(tmp_path / "alike.jsonl", [{"prompt": "空"}] * 2)
+    more = ("--do_sample", "--batch_size", 1)
+    assert run_file(checkpoints["llama"], alike, tmp_path / "two", *more) == 0
+    one, two = read_jsonl(tmp_path / "two")
+    assert one != two  # each batch draws anew
     # Killed behind the second batch and in the middle of a line, and once more a batch later.
     original, left, draws = script.generate, [0, 0, 1, 0], []
 
@@ -361,9 +367,8 @@ def ending(tmp_path_factory, checkpoints):
     def make(token, template=None, eos_in_config=False):
         directory = tmp_path_factory.mktemp("ending")
         tokenizer = make_tokenizer()
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": ["### End", "<|im_end|>", "<|stop|>"]}
-        )
+        tokenizer.add_special_tokens({"additional_special_tokens": ["### End", "<|stop|>"]})
+        tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)])  # special, with no role
         tokenizer.chat_template = template
         torch.manual_seed(3)
         model = AutoModelForCausalLM.from_config(CONFIGS["llama"](len(tokenizer)))
@@ -858,9 +863,11 @@ BAD = [
     ("--model_name_or_path {lacking} --prompt a", "lacks weights"),
     ("--model_name_or_path {foreign} --prompt <|im_end|>", "ids up to 300, past the end of the"),
     ("--model_name_or_path {old} --prompt a", "{old}: "),
-    ("--model_name_or_path {lost} --prompt a", "../lost of this adapter"),
-    ("--model_name_or_path {baseless} --prompt a", "?: "),
-    ("--model_name_or_path {misfit} --prompt a", "not found in the base model"),
+    ("--model_name_or_path {lost} --prompt a", "adapter on ../lost of this adapter"),
+    ("--model_name_or_path {hub} --prompt a", "adapter on no/such, trained on no/such: "),
+    ("--model_name_or_path {broken} --prompt a", "adapter_config.json names no base"),
+    ("--model_name_or_path {baseless} --prompt a", "adapter_config.json names no base"),
+    ("--model_name_or_path {misfit} --prompt a", "Target modules {"),
     ("--model_name_or_path {shapes} --prompt a", "size mismatch"),
     ("--model_name_or_path {vocabulary} --prompt a", "another vocabulary"),
     ("--model_name_or_path {empty_adapter} --prompt a", "missing adapter keys"),
@@ -873,8 +880,8 @@ BAD = [
     (ONE + "--chat_template none.jinja", "none.jinja"),
     (ONE + "--chat_template {tmp}/bad.jinja", "{gpt2}: Expected an expression"),
     (ONE + "--output_file x", "needs an --output_file"),
-    (ONE + "--batch_size 0", "must be 1 or more"),
-    (ONE + "--max_new_tokens -1", "must be 1 or more"),
+    (ONE + "--batch_size 0", "--batch_size must be 1 or more"),
+    (ONE + "--max_new_tokens -1", "--max_new_tokens must be 1 or more"),
     (ONE + "--temperature 0.5", "do nothing without"),
     (ONE + "--do_sample --temperature 0", "must be above 0"),
     (ONE + "--do_sample --temperature nan", "must be above 0"),
@@ -912,7 +919,7 @@ def places(tmp_path_factory, checkpoints, adapter):
         (tmp / name).write_bytes(content)
     for name in ("cut", "lacking", "foreign", "old"):
         shutil.copytree(checkpoints["gpt2"], tmp / name)
-    for name in ("lost", "baseless", "misfit", "shapes", "vocabulary", "empty_adapter"):
+    for name in "lost baseless hub broken misfit shapes vocabulary empty_adapter".split():
         shutil.copytree(adapter[0], tmp / name)
     weights = tmp / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -925,6 +932,8 @@ def places(tmp_path_factory, checkpoints, adapter):
     (tmp / "old" / "config.json").write_text('{"model_type": "RefinedWebModel"}')
     set_base(tmp / "lost", "../lost of this adapter")
     set_base(tmp / "baseless", None)
+    set_base(tmp / "hub", "no/such")
+    (tmp / "broken" / "adapter_config.json").write_text("{")
     set_base(tmp / "misfit", checkpoints["gpt2"])
     set_base(tmp / "shapes", checkpoints["qwen3"])
     set_base(tmp / "empty_adapter", str(adapter[1]))

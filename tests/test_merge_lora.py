@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from test_finetune_lora import by_hand, fill_adapter
 from test_runs import NAMES
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 SCRIPT = ROOT / "finetune_lora" / "merge_lora.py"
 ENDS = {"gpt2": "transformer.wte", "gpt_neox": "gpt_neox.embed_in", "llama": "model.embed_tokens",
@@ -131,6 +131,7 @@ def test_embeddings_and_head(case, merge, checkpoints, tmp_path):
         < 1e-5
     )
     assert is_tied(merged) == merged.config.tie_word_embeddings == tied
+    assert AutoConfig.from_pretrained(out).tie_word_embeddings == tied  # as other tools read it
     names = options.get("modules_to_save", options.get("target_modules"))
     ends = {"head": (base.get_output_embeddings(), merged.get_output_embeddings()),
             "embedding": (base.get_input_embeddings(), merged.get_input_embeddings())}  # fmt: skip
@@ -214,18 +215,15 @@ def test_dtype(merge, checkpoints, tmp_path):
             )
 
 
-@pytest.mark.parametrize("place", ["adapter", "adapter/checkpoint-3"])
-def test_an_adapter_of_a_quantised_base(place, merge, trained, tmp_path, capsys):
+def test_an_adapter_of_a_quantised_base(merge, trained, tmp_path, capsys):
     """It is merged into the full precision, and that is said; one of another run says nothing of it."""
-    adapter = tmp_path / place
-    shutil.copytree(trained[1], adapter)
-    for said in ("load_in_4bit: true", "load_in_8bit: true", "bf16: true"):
-        (tmp_path / "adapter" / "run_args.yaml").write_text(
-            f"output_dir: o\n{said}\nrun:\n  id: 1\n"
-        )
-        out = tmp_path / said
+    for said, place in {"load_in_4bit": ".", "load_in_8bit": "checkpoint-3", "bf16": "."}.items():
+        adapter, out = tmp_path / said / place, tmp_path / f"{said} merged"
+        shutil.copytree(trained[1], adapter)
+        record = f"output_dir: o\n{said}: true\nrun:\n  id: 1\n"
+        (tmp_path / said / "run_args.yaml").write_text(record)
         call(merge, adapter_name_or_path=adapter, output_dir=out)
-        is_said = f"trained on the base in {said[8]} bit" in capsys.readouterr().out
+        is_said = f"trained on the base in {said[8:9]} bit" in capsys.readouterr().out
         assert is_said == ("bit" in said)
         assert largest(logits(load(out)), logits(by_hand(trained[0], adapter))) < 1e-5
 
