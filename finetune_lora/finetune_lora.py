@@ -555,12 +555,14 @@ def check_arguments(script, training):
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     model, output_dir = Path(script.model_name_or_path), Path(training.output_dir).resolve()
-    is_name = not model.is_absolute() and len(model.parts) < 3
+    is_name = len(model.parts) == 1 or (len(model.parts) == 2 and not model.parent.is_dir())
     check(model.exists() or is_name, f"--model_name_or_path {model} is not here, nor a hub name.")
     is_inside = model.resolve() in [output_dir, *output_dir.glob("checkpoint-*")]
     check(not is_inside, "--output_dir holds the model to start from. Choose another --output_dir.")
     is_hub = script.dataset_name is not None
     check(is_hub != bool(script.train_file), "give one of --train_file and --dataset_name.")
+    for file in (script.train_file or []) + (script.validation_file or []):
+        check(Path(file).is_file(), f"{file} of --train_file or --validation_file is no file here.")
     is_evaluated = is_hub or script.validation_file or training.eval_strategy == "no"
     check(is_evaluated, "an evaluation needs --validation_file.")
     rows = training.train_batch_size, training.eval_batch_size, training.gradient_accumulation_steps
@@ -626,15 +628,16 @@ def find_run(script, training, given):
     record, is_finished = output_dir / "run_args.yaml", (output_dir / "all_results.json").is_file()
     before = yaml.safe_load(record.read_text("utf-8")) if record.is_file() else {}
     old, data = before.pop("run", {}), []
-    for file in (script.train_file or []) + (script.validation_file or []):
+    for file in [*(script.train_file or []), *(script.validation_file or []), __file__]:
         with Path(file).open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            data.append({"file": file, "bytes": stream.tell(), "sha256": digest})
+        file = Path(file).name if file == __file__ else file  # a copy elsewhere is the same
+        data.append({"file": file, "bytes": Path(stream.name).stat().st_size, "sha256": digest})
     names = sorted({*before, *given} - {"resume_from_checkpoint", "ddp_timeout"})
     pairs = [(name, before.get(name), given.get(name)) for name in names]
     changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
     if old.get("data", data) != data:
-        changed.append("other data")
+        changed.append("other data or another script")
     checkpoints, resume = find_checkpoints(output_dir), None
     complete = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
     if wanted.lower() not in ("true", "false"):  # named by the user: other arguments are allowed

@@ -372,7 +372,9 @@ def check_arguments(args):
     check(args.chat is False, "--chat is gone. Type: python chat.py --model_name_or_path MODEL")
     check((file is None) != (args.prompt is None), "give one of --prompt and --prompt_file.")
     check((file is None) == (args.output_file is None), "--prompt_file needs an --output_file.")
-    check(file is None or Path(file).is_file(), f"{file} is not there, seen from {Path.cwd()}.")
+    check(file is None or Path(file).is_file(), f"{file} is no file, seen from {Path.cwd()}.")
+    is_same = file and Path(file).resolve() == Path(args.output_file or "").resolve()
+    check(not is_same, "--output_file is the --prompt_file. Choose another.")
     check(args.batch_size > 0, "--batch_size must be 1 or more.")
     check(args.max_new_tokens > 0, "--max_new_tokens must be 1 or more.")
     is_plain = args.temperature == args.top_p == 1

@@ -594,7 +594,7 @@ def test_bad_files(case, script, checkpoints, tmp_path, capsys):
 BAD_ARGUMENTS = {
     "missing file": (
         ["--train_file", "nowhere.jsonl"],
-        "No such file or directory: 'nowhere.jsonl'",
+        "nowhere.jsonl of --train_file or --validation_file is no file here",
     ),
     "no data": (["--train_file"], "expected at least one argument"),
     "both sources": (["--dataset_name", "x"], "one of --train_file and --dataset_name"),

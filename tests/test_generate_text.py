@@ -835,7 +835,7 @@ FILES = {
 ONE = "--model_name_or_path {gpt2} --prompt a "
 GOOD = "--model_name_or_path {gpt2} --prompt_file {tmp}/good.jsonl "
 BAD_FILES = {
-    "none.jsonl": "none.jsonl is not there",
+    "none.jsonl": "none.jsonl is no file",
     "empty.jsonl": "has no prompts",
     "empty.txt": "has no prompts",
     "broken.jsonl": "broken.jsonl, row 2: Expecting value",

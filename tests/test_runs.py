@@ -95,7 +95,7 @@ def test_any_path(script, checkpoints, tmp_path, monkeypatch, capsys):
         )
         script.main([str(here / f"{name}.YAML"), "--seed", str(number)])
         found = json.loads((here / f"out {name}" / "all_results.json").read_text(encoding="utf-8"))
-        assert [Path(file["file"]).name for file in found["data"]] == [
+        assert [Path(file["file"]).name for file in found["data"]][:2] == [
             f"{name}.jsonl",
             f"{name}.PARQUET",
         ]
@@ -193,6 +193,14 @@ def test_an_edited_copy_reads_anew(checkpoints, tmp_path, capsys):
         examples.append(next(line for line in lines if line.startswith("example")))
     assert examples[0] == examples[1] and "問い：質問" not in examples[0]
     assert "問い：質問" in examples[2]
+    # nor does an edited script take a finished run of another for its own, or go on from it
+    (tmp_path / "mine.py").write_text(edited + "\n", encoding="utf-8")
+    out = tmp_path / "o2"
+    assert "another script" in refused(mine, capsys, checkpoints["gpt2"], data, out)
+    (out / "all_results.json").unlink()
+    (out / "checkpoint-1").mkdir(exist_ok=True)
+    shutil.copy(out / "trainer_state.json", out / "checkpoint-1")
+    assert "another script" in refused(mine, capsys, checkpoints["gpt2"], data, out)
 
 
 def test_each_epoch_has_its_own_order(script, checkpoints, tmp_path):
