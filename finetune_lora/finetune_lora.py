@@ -628,7 +628,8 @@ def find_run(script, training, given):
     record, is_finished = output_dir / "run_args.yaml", (output_dir / "all_results.json").is_file()
     before = yaml.safe_load(record.read_text("utf-8")) if record.is_file() else {}
     old, data = before.pop("run", {}), []
-    for file in [*(script.train_file or []), *(script.validation_file or []), __file__]:
+    template = [script.chat_template] if Path(script.chat_template or "").is_file() else []
+    for file in (script.train_file or []) + (script.validation_file or []) + [*template, __file__]:
         with Path(file).open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         file = Path(file).name if file == __file__ else file  # a copy elsewhere is the same
@@ -637,7 +638,7 @@ def find_run(script, training, given):
     pairs = [(name, before.get(name), given.get(name)) for name in names]
     changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
     if old.get("data", data) != data:
-        changed.append("other data or another script")
+        changed.append("other data, chat template or another script")
     checkpoints, resume = find_checkpoints(output_dir), None
     complete = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
     if wanted.lower() not in ("true", "false"):  # named by the user: other arguments are allowed
@@ -660,8 +661,7 @@ def find_run(script, training, given):
     ours = [*complete, *find_checkpoints(output_dir, run["id"])]
     others = [path.name for path in checkpoints if path not in ours]
     if not before:
-        models = ("config.json", "adapter_config.json")
-        others += [name for name in models if (output_dir / name).exists()]
+        others += [n for n in ("config.json", "adapter_config.json") if (output_dir / n).exists()]
     check(not others, f"{', '.join(others)} would be overwritten. {advice}")
     return resume and str(resume), run
 

@@ -195,6 +195,14 @@ def test_an_edited_copy_reads_anew(checkpoints, tmp_path, capsys):
     assert "問い：質問" in examples[2]
     # nor does an edited script take a finished run of another for its own, or go on from it
     (tmp_path / "mine.py").write_text(edited + "\n", encoding="utf-8")
+    template = tmp_path / "mine.jinja"
+    turns = [{"instruction": row["prompt"], "output": row["completion"]} for row in ROWS]
+    chats, more = write_jsonl(tmp_path / "c.jsonl", turns), ["--chat_template", template]
+    template.write_text(mine.CHAT_TEMPLATE, encoding="utf-8")
+    start(mine, checkpoints["gpt2"], chats, tmp_path / "o3", *more)
+    template.write_text(mine.CHAT_TEMPLATE.replace("応答", "答え"), encoding="utf-8")
+    message = refused(mine, capsys, checkpoints["gpt2"], chats, tmp_path / "o3", *more)
+    assert "other data, chat template" in message
     out = tmp_path / "o2"
     assert "another script" in refused(mine, capsys, checkpoints["gpt2"], data, out)
     (out / "all_results.json").unlink()
