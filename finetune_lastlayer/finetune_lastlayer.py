@@ -14,19 +14,23 @@ Again         python finetune_lastlayer.py output/run_args.yaml --output_dir out
 Follows       https://huggingface.co/docs/transformers/main_classes/trainer
 """
 
+import atexit
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from pickle import UnpicklingError
 
 import datasets
 import torch
@@ -34,6 +38,8 @@ import transformers
 import yaml
 from datasets import Dataset, Features, List, Value
 from jinja2 import TemplateError
+from pyarrow.parquet import ParquetFile
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -78,17 +84,19 @@ CHAT_TEMPLATE = r"""
         {{- message.content + '\n\n' }}
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '### 応答:\n' }}
-{%- endif %}
+{{- '### 応答:\n' if add_generation_prompt }}
 """
 IDS, NUMBER, TEXT = List(Value("int32")), Value("int32"), Value("string")
 COLUMNS = Features(input_ids=IDS, labels=IDS, length=NUMBER, form=TEXT, outcome=TEXT)
+# Columns with content that no form takes; a row with one is refused, not learned without it.
+UNUSED = "system history tools chosen rejected thinking reasoning reasoning_content".split()
 
 
 def format_row(row, tokenizer):
     """Return (form, pieces) of a row; pieces are [(text, learned)]: learned ones carry the loss."""
     eos = (tokenizer.eos_token, True)
+    if unused := [name for name in UNUSED if row.get(name)]:
+        raise ValueError(f"{', '.join(unused)} would be left out: remove it, or make it text.")
     if isinstance(row.get("messages"), list):
         return "messages", chat_pieces(row["messages"], tokenizer)
     if "prompt" in row and "completion" in row:
@@ -118,14 +126,18 @@ def chat_pieces(messages, tokenizer):
     """A conversation as pieces: what stands before each assistant's turn, and the turn."""
     pieces, done, render = [], "", tokenizer.apply_chat_template
     for number, message in enumerate(messages):
+        for name, value in message.items() if isinstance(message, dict) else ():
+            if name not in ("role", "content") and value not in (None, "", [], {}):
+                raise ValueError(f"a turn is role and content: its {name} would be left out.")
         role, content = texts(message, "role", "content")
         if role == "assistant":
-            before = render(messages[:number], tokenize=False, add_generation_prompt=True)
+            if number:
+                before = render(messages[:number], tokenize=False, add_generation_prompt=True)
+            else:  # a conversation may begin with an answer
+                before = render([{**message, "content": "\0"}], tokenize=False).split("\0")[0]
             after = render(messages[: number + 1], tokenize=False)
             if not (before.startswith(done) and after.startswith(before)):
-                raise ValueError(
-                    "the chat template rewrites earlier turns: give each answer a row."
-                )
+                raise ValueError("the template rewrites earlier turns: give each answer a row.")
             pieces += [(before[len(done) :], False), (after[len(before) :], content != "")]
             done = after
     return pieces
@@ -142,6 +154,7 @@ def encode(pieces, tokenizer):
     # Each piece is tokenized apart, so that a prompt has the same ids in generation.
     ids, labels, first = [], [], leading_ids(tokenizer)
     for text, learned in pieces:
+        text.encode()  # raises on half a surrogate pair, which JSON can write
         new = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids and new[: len(first)] != first:
             ids, labels = list(first), [-100] * len(first)
@@ -157,8 +170,8 @@ def make_examples(source, tokenizer, max_length):
         try:
             found, pieces = format_row(row, tokenizer)
             ids, labels = encode(pieces, tokenizer)
-        except (ValueError, TypeError, TemplateError) as error:
-            fail(f"{place}: {error}")
+        except Exception as error:  # a template can raise anything
+            fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
         if not form and found in ("messages", "instruction") and turn_end_id(tokenizer) is None:
             fail("the chat template ends answers with no special token to stop at.")
         form = form or found
@@ -182,9 +195,7 @@ def load_data(script, training, tokenizer, max_length, files):
     with training.main_process_first():
         if script.dataset_name:
             hub = datasets.load_dataset(script.dataset_name, script.dataset_config_name)
-            check(
-                "train" in hub, f"--dataset_name {script.dataset_name} has only {', '.join(hub)}."
-            )
+            check("train" in hub, f"{script.dataset_name} has only {', '.join(hub)}, no train.")
             sources |= {name: [hub[name]] for name in sources if name in hub and not sources[name]}
         for name, source in sources.items():
             if not source:
@@ -210,6 +221,8 @@ def load_data(script, training, tokenizer, max_length, files):
 
 def collate(examples):
     """Right-padded batch without attention mask: causal attention never looks right."""
+    if torch.utils.data.get_worker_info():  # the queue's SIGTERM comes to workers too
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pad = torch.nn.utils.rnn.pad_sequence
     ids = [torch.tensor(example["input_ids"]) for example in examples]
     next_ids = [torch.tensor([*example["labels"][1:], -100]) for example in examples]
@@ -366,19 +379,25 @@ def main(argv=None):
         script, training, given = parse(argv)
         check_arguments(script, training)
         check_method(script, training)
-        resume, run = find_run(script, training, given)
+        take_lock(training.output_dir)
+        deadline = read_deadline()
+        with training.main_process_first(local=False):
+            resume, run = find_run(script, training, given)
         tokenizer, max_length = load_tokenizer(script)
         data = load_data(script, training, tokenizer, max_length, run["data"])
         check_tokens(script, tokenizer, data["train_dataset"])
         model = load_model(script, training, tokenizer, resume)
         trainer = FineTuner(model, training, collate, **data, processing_class=tokenizer)
-    except (OSError, ValueError, RuntimeError, TemplateError, yaml.YAMLError) as error:
+    except KNOWN as error:
         fail(error)
     if script.early_stopping_patience is not None:
         trainer.add_callback(transformers.EarlyStoppingCallback(script.early_stopping_patience))
     begin(script, trainer, given, run, resume)
+    trainer.add_callback(StopInTime(trainer, deadline))
     try:
         trainer.train(resume_from_checkpoint=resume)
+    except UnpicklingError as error:
+        fail(f"{resume}: {error}")
     except torch.OutOfMemoryError:
         fail(OUT_OF_MEMORY, every_rank=True)
     save_results(trainer, run)
@@ -453,18 +472,74 @@ class FineTuner(Trainer):
         directory = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             directory.mkdir(exist_ok=True)
-            (directory / "run_id").write_text(self.run_id)
+            (directory / "run_id").write_text(json.dumps({"run": self.run_id}))
             self.model.generation_config.save_pretrained(directory)  # an adapter has none else
+        self.accelerator.wait_for_everyone()  # nobody writes before the mark is there
         super().save_model(output_dir, _internal_call)
         for path in directory.glob("*.safetensors") if self.args.should_save else ():
             path.chmod((directory / "run_id").stat().st_mode)  # it writes for the owner only
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save and self.keep:
-            for path in find_checkpoints(self.args.output_dir, self.run_id)[: -self.keep]:
+        output_dir = Path(self.args.output_dir)
+        path = output_dir / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(path, ignore_errors=True)
+            leave(f"{path} could not be written, the one before is whole: {error}", alone=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:  # the mark is completed last, when all files are on the disk
+            os.sync()
+            files = [file for file in path.rglob("*") if file.is_file() and file.name != "run_id"]
+            sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
+            (path / "run_id").write_text(json.dumps({"run": self.run_id, "files": sizes}))
+            os.sync()
+            ours = find_checkpoints(output_dir, self.run_id)
+            aside = [
+                p for p in output_dir.glob("*.incomplete") if read_mark(p).get("run") == self.run_id
+            ]
+            for path in aside + (ours[: -self.keep] if self.keep else []):
                 if path != Path(self.state.best_model_checkpoint or ""):
                     shutil.rmtree(path)
+
+
+class StopInTime(transformers.TrainerCallback):
+    """Ends a run with a checkpoint before $DEADLINE, after SIGTERM or by a file STOP."""
+
+    def __init__(self, trainer, deadline):
+        self.trainer, self.deadline, self.reason, self.is_agreed = trainer, deadline, None, False
+        # Seconds for a save: guessed at 0.5 GB/s, until one was timed with its step.
+        self.margin, self.longest, self.last = 10 + trainer.save_bytes / 5e8, 0, time.time()
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "reason", "SIGTERM"))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        check_disk(self.trainer)
+        self.margin += max(
+            [0] + [e["eval_runtime"] for e in state.log_history if "eval_runtime" in e]
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.epoch % 1 and state.global_step < state.max_steps:  # else on_epoch_end follows
+            self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        now, accelerator = time.time(), self.trainer.accelerator
+        self.longest, self.last = max(self.longest, now - self.last), now
+        if accelerator.is_main_process and Path(args.output_dir, "STOP").exists():
+            self.reason = "STOP"
+        elif accelerator.is_main_process and now + self.margin + 2 * self.longest > self.deadline:
+            self.reason = "DEADLINE"
+        if self.reason:
+            accelerator.set_trigger()
+        if accelerator.check_trigger():  # the same on all ranks
+            self.is_agreed = control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.margin = 10
+        if self.is_agreed:
+            for name in ("STOP", "lock") if self.trainer.is_world_process_zero() else ():
+                Path(args.output_dir, name).unlink(missing_ok=True)
+            leave(f"by {self.reason or 'SIGTERM'} after step {state.global_step}, which is saved")
 
 
 # ---- 5. Guard rails: no need to read ----
@@ -475,6 +550,22 @@ GONE["--load_in_8bit"] = f"{TO_LORA} --load_in_8bit true"
 
 # Copied from finetune_full/finetune_full.py, down to the next headline
 PACKAGES = "torch transformers tokenizers datasets accelerate peft deepspeed bitsandbytes".split()
+# Trainer's options that would do nothing here, or harm in silence, by their beginnings; what to do.
+REFUSED = {
+    "accelerator_ auto_find bf16_full debug disable_tqdm do_train fp16_full": "leave it out",
+    "dataloader_multi do_predict label_ optim_ skip_memory use_cache use_liger": "leave it out",
+    "batch_eval eval_acc eval_do eval_use include_for": "an evaluation gives the loss alone",
+    "average dataloader_drop dataloader_in_ ignore_data length_": "each token counts, once",
+    "enable_jit save_on_each save_only": "a checkpoint must be whole, and in one place",
+    "fsdp": "take --deepspeed ../deepspeed_configs/zero3.json",
+    "greater load_best metric_for": "--early_stopping_patience 99 ends with the lowest loss",
+    "hub_ push_to_hub": "upload the result afterwards: hf upload NAME OUTPUT_DIR",
+}
+KNOWN = (OSError, ValueError, RuntimeError, TemplateError, yaml.YAMLError, SafetensorError)
+KNOWN += (UnpicklingError,)
+# Arguments that change no weight, by their beginnings; some of them only without a best model.
+FREE = ("output_dir", "resume_from", "ddp_timeout", "log", "report_to", "run_name", "dataloader_")
+FREE_WITHOUT_BEST = ("eval_", "save_", "per_device_eval", "validation")
 
 
 def say(name, text):
@@ -496,11 +587,34 @@ def check(condition, message):
         fail(message)
 
 
+def leave(text, alone=False):
+    """End an unfinished run with status 75; under run_ranks.py with 0, which gives the job 75."""
+    if alone or os.environ.get("RANK", "0") == "0":
+        text = f"{' '.join(text.split())[:600]}. The same command or job goes on from there."
+        print(f"stopped    {text}", file=sys.stderr, flush=True)
+    if torch.distributed.is_initialized() and not alone:
+        torch.distributed.destroy_process_group()  # or a rank may end by SIGABRT
+    raise SystemExit(0 if "RUN_RANKS" in os.environ and not alone else 75)
+
+
+def read_deadline():
+    """$DEADLINE as seconds since the epoch; given as HH:MM it is the next such time."""
+    text, now = os.environ.get("DEADLINE") or "inf", time.localtime()
+    try:
+        if ":" not in text:
+            return float(text)
+        hour, minute = time.strptime(text, "%H:%M")[3:5]
+        is_over = (hour, minute) <= (now.tm_hour, now.tm_min)
+        return time.mktime((*now[:2], now.tm_mday + is_over, hour, minute, 0, 0, 0, -1))
+    except ValueError:
+        fail(f"DEADLINE={text} is neither HH:MM nor seconds since the epoch.")
+
+
 def parse(argv):
     """Return (script arguments, Trainer's, {name: value} of those that are not the default)."""
-    both = (ScriptArguments, TrainingArguments)
-    parser = transformers.HfArgumentParser(both, description=__doc__, allow_abbrev=False)
-    parser.set_defaults(**DEFAULTS)
+    parser = transformers.HfArgumentParser([ScriptArguments, TrainingArguments], allow_abbrev=False)
+    parser.description, parser.error = __doc__, fail  # one line, not 200 of usage
+    parser.set_defaults(**DEFAULTS, do_train=True)
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].lower().endswith((".yaml", ".yml", ".json")):
         settings = yaml.safe_load(Path(words.pop(0)).expanduser().read_text("utf-8"))
@@ -533,13 +647,13 @@ def parse(argv):
     values["precision"] = precision = min(asked, default=best)
     check(precision != impossible, f"--precision {precision} does not work here: {reason}.")
     values.update(bf16=precision == "bf16", fp16=precision == "fp16", remove_unused_columns=False)
-    values.update(disable_tqdm=True, save_total_limit=None)  # FineTuner removes old checkpoints
+    values.update(disable_tqdm=True, save_total_limit=None, accelerator_config=None)
     if values["early_stopping_patience"] is not None:
-        check(values["save_strategy"] != "no", "--early_stopping_patience needs --save_strategy.")
-        values.update(eval_strategy=values["save_strategy"], eval_steps=values["save_steps"])
-        values.update(load_best_model_at_end=True, metric_for_best_model="loss")
+        when, steps = values["save_strategy"], values["save_steps"]
+        check(when in ("steps", "epoch"), "--early_stopping_patience needs --save_strategy steps.")
+        values.update(eval_strategy=when, eval_steps=steps, load_best_model_at_end=True)
     script, training = parser.parse_dict(values)
-    script.reason, script.keep = reason, max(0, given.get("save_total_limit", 0))
+    script.reason, script.given, script.keep = reason, given, given.get("save_total_limit", 0)
     return script, training, given
 
 
@@ -548,6 +662,12 @@ def check_arguments(script, training):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    for name, value in script.given.items():
+        whys = [why for starts, why in REFUSED.items() if name.startswith(tuple(starts.split()))]
+        check(not whys, f"--{name} does not work here: {' '.join(whys)}.")
+        if isinstance(value, int | float):
+            is_count = name.endswith(("steps", "epochs", "size", "patience", "factor", "timeout"))
+            check(0 <= value < 2**32 and (value or not is_count), f"--{name} cannot be {value}.")
     model, output_dir = Path(script.model_name_or_path), Path(training.output_dir).resolve()
     is_name = len(model.parts) == 1 or (len(model.parts) == 2 and not model.parent.is_dir())
     check(model.exists() or is_name, f"--model_name_or_path {model} is not here, nor a hub name.")
@@ -555,16 +675,22 @@ def check_arguments(script, training):
     check(not is_inside, "--output_dir holds the model to start from. Choose another --output_dir.")
     is_hub = script.dataset_name is not None
     check(is_hub != bool(script.train_file), "give one of --train_file and --dataset_name.")
-    for file in (script.train_file or []) + (script.validation_file or []):
-        check(Path(file).is_file(), f"{file} of --train_file or --validation_file is no file here.")
-    is_evaluated = is_hub or script.validation_file or training.eval_strategy == "no"
-    check(is_evaluated, "an evaluation needs --validation_file.")
-    rows = training.train_batch_size, training.eval_batch_size, training.gradient_accumulation_steps
-    check(min(rows) > 0, "batch sizes and --gradient_accumulation_steps must be 1 or more.")
-    check(not training.label_smoothing_factor, "--label_smoothing_factor does not work here.")
+    asked = training.do_eval or training.eval_on_start
+    check(is_hub or script.validation_file or not asked, "an evaluation needs --validation_file.")
+    wanted = script.given.get("eval_steps")
+    acts = not wanted or (training.eval_strategy == "steps" and training.eval_steps == wanted)
+    check(acts, "--eval_steps needs --eval_strategy steps; early stopping has its --save_steps.")
     check(training.n_gpu < 2, f"type torchrun --standalone --nproc_per_node {training.n_gpu} ...")
     launched = os.environ.get("WORLD_SIZE") == str(training.world_size) or not training.deepspeed
     check(launched, "--deepspeed needs a launcher: torchrun --standalone --nproc_per_node 1 ...")
+    try:  # what Trainer would find only after loading
+        Trainer.get_optimizer_cls_and_kwargs(training)
+        if not training.deepspeed:  # which allows no second Trainer
+            trial = Trainer(torch.nn.Linear(1, 1), training, None, [{"input_ids": [0]}], [])
+            trial.accelerator.prepare_model(trial.model, evaluation_mode=True)  # compiles, if asked
+            trial.create_optimizer_and_scheduler(len(trial.get_train_dataloader()))
+    except Exception as error:
+        fail(f"--optim {training.optim.value}, --lr_scheduler_type or another argument: {error}")
     if is_deepspeed_zero3_enabled():
         option = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
         gathers = training.hf_deepspeed_config.get_value(option)
@@ -581,36 +707,129 @@ def check_arguments(script, training):
 def read_rows(source):
     """Yield (place, row) of JSON Lines, JSON (a list) and Parquet files, or of a data set."""
     for file in source:
-        place, rows = str(file), file
+        place, rows, is_lines = str(file), file, False
         try:
             if place.lower().endswith(".parquet"):
-                from pyarrow.parquet import ParquetFile
-
                 batches = ParquetFile(file).iter_batches()
                 rows = (row for batch in batches for row in batch.to_pylist())
             elif isinstance(file, str):
                 rows = Path(file).open(encoding="utf-8-sig")  # noqa: SIM115 -- the loop reads it
-                is_list = rows.read(1000).lstrip().startswith("[")
+                is_lines = not rows.read(1000).lstrip().startswith("[")
                 rows.seek(0)
-                rows = json.load(rows) if is_list else rows
+                rows = rows if is_lines else json.load(rows)
             for number, row in enumerate(rows, 1):
                 place = f"{file}, row {number}"
-                if not isinstance(row, str) or row.strip():
-                    row = json.loads(row) if isinstance(row, str) else row
+                if not is_lines or row.strip():
+                    row = json.loads(row) if is_lines else row
                     check(isinstance(row, dict), f"{place}: a row must be an object.")
                     yield place, row
-        except ValueError as error:
-            fail(f"{place}: {error}")
+        except Exception as error:  # of a damaged file, anything
+            place = str(file) if isinstance(error, UnicodeError) else place
+            fail(f"{place}: {error} (wanted: objects, one a line or in a list, in UTF-8; Parquet)")
+
+
+def check_lock(output_dir):
+    """Refuse an output_dir in which another run lives: that touches the file `lock` there."""
+    path, me = Path(output_dir, "lock"), [os.uname().nodename, str(os.getpid())]
+    if not path.exists() or path.read_text("utf-8").split()[:2] == me:
+        return
+    host, pid, *_ = [*path.read_text("utf-8").split(), "?", "?"]
+    age = time.time() - path.stat().st_mtime
+    is_dead = age > 120 or (host == me[0] and not Path("/proc", pid).exists())
+    wait = f"wait {120 - age:.0f} s, if it was killed"
+    check(is_dead, f"process {pid} on {host} is writing {output_dir}. Take another, or {wait}.")
+
+
+def take_lock(output_dir):
+    path, job = Path(output_dir, "lock"), os.environ.get("PBS_JOBID", "")
+    path.write_text(f"{os.uname().nodename} {os.getpid()} {job}")
+    atexit.register(path.unlink, missing_ok=True)
+    threading.Thread(target=keep_young, args=[path], daemon=True).start()
+
+
+def keep_young(path):
+    with suppress(OSError):  # until it is gone
+        while True:
+            os.utime(path)
+            time.sleep(30)
 
 
 def find_checkpoints(output_dir, run_id=None):
     """checkpoint-<digits> in order, of a run those with its mark; other names are ignored."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    found.sort(key=lambda path: int(path.name[11:]))
+    found = sorted((p for p in found if [*p.glob("*")]), key=lambda path: int(path.name[11:]))
     if run_id is None:
         return found
-    marks = [path / "run_id" for path in found if not path.is_symlink()]
-    return [mark.parent for mark in marks if mark.is_file() and mark.read_text("utf-8") == run_id]
+    found = [path for path in found if not path.is_symlink()]
+    return [path for path in found if read_mark(path).get("run") == run_id]
+
+
+def read_mark(path):
+    """The mark in a checkpoint: {"run": id} and, once it is complete, {"files": {name: bytes}}."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads((path / "run_id").read_text("utf-8")))
+    return {}
+
+
+def what_lacks(path):
+    """What a checkpoint lacks to be complete, or None; one without a mark needs Trainer's state."""
+    if not (path / "run_id").exists():
+        return None if (path / "trainer_state.json").is_file() else "trainer_state.json"
+    for name, size in read_mark(path).get("files", {"the end of its save": 0}).items():
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            return name
+    return None
+
+
+def find_complete(output_dir, run_id):
+    """The complete checkpoints in order; of this run, what a kill left behind is set aside."""
+    found = {path: what_lacks(path) for path in find_checkpoints(output_dir)}
+    for path, lacks in found.items():
+        if lacks and (path / "run_id").exists() and read_mark(path).get("run", run_id) == run_id:
+            say("incomplete", f"{path} lacks {lacks}: set aside as {path.name}.incomplete")
+            shutil.rmtree(f"{path}.incomplete", ignore_errors=True)  # of an earlier kill
+            (path / "run_id").write_text(json.dumps({"run": run_id}))
+            path.rename(f"{path}.incomplete")
+    return [path for path, lacks in found.items() if not lacks]
+
+
+def describe_files(script):
+    """Use, name, size and sha256 of the data files, the chat template and this script."""
+    uses = [("train", file) for file in script.train_file or []]
+    uses += [("validation", file) for file in script.validation_file or []]
+    uses += [("template", file) for file in [script.chat_template or ""] if Path(file).is_file()]
+    described = []
+    for use, file in [*uses, ("script", __file__)]:
+        with Path(file).open("rb") as stream:
+            digest, size = hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
+        name = Path(file).name if use == "script" else file  # a copy elsewhere is the same
+        described.append({"use": use, "file": name, "bytes": size, "sha256": digest})
+    return described
+
+
+def what_changed(directory, training, given, data):
+    """Return (id of the run on record in a directory, what differs that may change a weight)."""
+    record = Path(directory, "run_args.yaml")
+    before = yaml.safe_load(record.read_text("utf-8")) if record.is_file() else {}
+    run = {"data": data, **before.pop("run", {})}
+    free = FREE if training.load_best_model_at_end else FREE + FREE_WITHOUT_BEST
+    names = sorted(name for name in {*before, *given} if not name.startswith(free))
+    pairs = [(name, before.get(name), given.get(name)) for name in names]
+    changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
+    old, new = (
+        [f for f in files if not f["use"].startswith(free)] for files in (run["data"], data)
+    )
+    if old != new:
+        changed.append("other data, chat template or another script")
+    return run.get("id"), changed
+
+
+def what_is_lost(checkpoint, training):
+    """Why training cannot go on from a checkpoint as if it had not stopped, as a list."""
+    ranks = len([*checkpoint.glob("rng_state*.pth")])
+    lost = [f"written by {ranks} processes"] if ranks != training.world_size else []
+    parts = ["scheduler.pt", "latest" if training.deepspeed else "optimizer.pt"]
+    return lost + [f"{part} is not there" for part in parts if not (checkpoint / part).is_file()]
 
 
 def find_run(script, training, given):
@@ -618,28 +837,22 @@ def find_run(script, training, given):
     output_dir, wanted = Path(training.output_dir), str(training.resume_from_checkpoint or "true")
     output_dir.mkdir(parents=True, exist_ok=True)
     check(os.access(output_dir, os.W_OK), f"--output_dir {output_dir} cannot be written.")
+    if training.process_index == 0:
+        check_lock(output_dir)
     advice = f"Choose another --output_dir than {output_dir}, or move what it holds."
-    record, is_finished = output_dir / "run_args.yaml", (output_dir / "all_results.json").is_file()
-    before = yaml.safe_load(record.read_text("utf-8")) if record.is_file() else {}
-    old, data = before.pop("run", {}), []
-    template = [script.chat_template] if Path(script.chat_template or "").is_file() else []
-    for file in (script.train_file or []) + (script.validation_file or []) + [*template, __file__]:
-        with Path(file).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        file = Path(file).name if file == __file__ else file  # a copy elsewhere is the same
-        data.append({"file": file, "bytes": Path(stream.name).stat().st_size, "sha256": digest})
-    names = sorted({*before, *given} - {"resume_from_checkpoint", "ddp_timeout"})
-    pairs = [(name, before.get(name), given.get(name)) for name in names]
-    changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
-    if old.get("data", data) != data:
-        changed.append("other data, chat template or another script")
-    checkpoints, resume = find_checkpoints(output_dir), None
-    complete = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
-    if wanted.lower() not in ("true", "false"):  # named by the user: other arguments are allowed
+    data, is_finished = describe_files(script), (output_dir / "all_results.json").is_file()
+    run_id, changed = what_changed(output_dir, training, given, data)
+    others = [] if run_id else ["config.json", "adapter_config.json"]
+    others = [name for name in others if (output_dir / name).exists()]
+    complete, resume = find_complete(output_dir, run_id), None
+    if wanted.lower() not in ("true", "false"):  # named: it may be another run's
         resume, complete = Path(wanted), []
-        check((resume / "trainer_state.json").is_file(), f"{resume} is no complete checkpoint.")
-        is_same = not before or resume.resolve().parent == output_dir.resolve()
+        check(not what_lacks(resume), f"{resume} is no complete checkpoint: {what_lacks(resume)}.")
+        is_same = not run_id or resume.resolve().parent == output_dir.resolve()
         check(is_same, f"it holds another run than the checkpoint's. {advice}")
+        changed = what_changed(resume.parent, training, given, data)[1]
+        changed += what_is_lost(resume, training)
+        say("not exact" if changed else "exact", "; ".join(changed) or "the same run")
     elif is_finished or complete:
         if wanted.lower() == "false":
             changed.append("a new start")
@@ -648,16 +861,32 @@ def find_run(script, training, given):
             say("finished", f"{output_dir} holds this run's result")
             raise SystemExit(0)
         resume = complete[-1]
-        ranks = len([*resume.glob("rng_state*.pth")])
-        check(ranks in (0, training.world_size), f"{resume} was written by {ranks} processes.")
-    run_id = old.get("id") if resume or not changed else None
+        lost = what_is_lost(resume, training)
+        check(not lost, f"{resume} cannot be continued exactly: {', '.join(lost)}. {advice}")
+        training.restore_callback_states_from_checkpoint = True  # early stopping counts on
+    run_id = run_id if resume or not changed else None
     run = {"id": run_id or os.urandom(4).hex(), "data": data}
     ours = [*complete, *find_checkpoints(output_dir, run["id"])]
-    others = [path.name for path in checkpoints if path not in ours]
-    if not before:
-        others += [n for n in ("config.json", "adapter_config.json") if (output_dir / n).exists()]
+    others += [path.name for path in find_checkpoints(output_dir) if path not in ours]
     check(not others, f"{', '.join(others)} would be overwritten. {advice}")
+    if training.process_index == 0:
+        take_lock(output_dir)
     return resume and str(resume), run
+
+
+def check_disk(trainer):
+    """Refuse to start where the checkpoints to come do not fit."""
+    args, state = trainer.args, trainer.state
+    saves = (state.max_steps - state.global_step) // max(1, state.save_steps)
+    if args.save_strategy == "epoch":
+        saves = math.ceil(state.num_train_epochs - (state.epoch or 0))
+    if trainer.keep:
+        there = find_checkpoints(args.output_dir, trainer.run_id)
+        saves = max(0, min(saves, trainer.keep + 1 - len(there)))
+    count = 1 if args.save_strategy == "no" else 1 + saves  # one more: the result
+    need, free = count * trainer.save_bytes, shutil.disk_usage(args.output_dir).free
+    problem = f"{count} checkpoints take {need / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
+    check(need < free, f"{problem}. Make room, or take --save_total_limit 1, larger --save_steps.")
 
 
 def load_tokenizer(script):
@@ -678,11 +907,12 @@ def choose_chat_template(name, tokenizer):
     if name is None and tokenizer.chat_template is not None:
         return
     is_known = name in (None, "alpaca")
-    ours = "../chat_templates/dolly.jinja or rinna.jinja"
-    check(is_known or Path(name).is_file(), f"--chat_template {name} is no file; ours are {ours}.")
-    template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8")
-    tokenizer.chat_template, first = template, leading_ids(tokenizer)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    try:
+        template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8-sig")
+        tokenizer.chat_template, first = template, leading_ids(tokenizer)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except Exception as error:  # a template can raise anything
+        fail(f"--chat_template {name}: {error!r}; ours are ../chat_templates/*.jinja.")
     if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
         tokenizer.chat_template = "{{ bos_token }}" + template
 
@@ -690,7 +920,9 @@ def choose_chat_template(name, tokenizer):
 def turn_end_id(tokenizer):
     """The special token that ends an assistant's turn in the chat template, or None."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    labels = encode(chat_pieces(turns, tokenizer), tokenizer)[1]
+    labels = []
+    with suppress(Exception):  # a template may not take these turns, and rows may need none
+        labels = encode(chat_pieces(turns, tokenizer), tokenizer)[1]
     # all_special_ids has only those with a role, such as eos_token; Gemma's <end_of_turn> has none.
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added.union(tokenizer.all_special_ids)
@@ -748,17 +980,13 @@ def peak_memory():
     return torch.cuda.max_memory_allocated() / 2**30 or host
 
 
-def begin(script, trainer, given, run, resume):
-    """Say what is done and why; record it, and with what, for whoever cites the run."""
+def print_banner(script, trainer, run, resume):
+    """Say what is done and why, and show an example with the part that carries loss."""
     args, model, rows = trainer.args, trainer.model, trainer.train_dataset
-    if hasattr(model, "get_nb_trainable_parameters"):  # PEFT knows of packed and of single rows
-        trained, total = model.get_nb_trainable_parameters()
-    else:
-        trained, total = (get_model_param_count(model, only) for only in (True, False))
+    total, trained = run["total_parameters"], run["trainable_parameters"]
     counts = f"{total:,} parameters, {trained:,} of them trained ({trained / total:.2%})"
     say("model", f"{script.model_name_or_path} ({model.config.model_type}), {counts}")
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
-    say("device", f"{args.world_size} x {device}, {script.precision} ({script.reason})")
+    say("device", f"{args.world_size} x {run['device']}, {script.precision} ({script.reason})")
     say("attention", f"{model.config._attn_implementation}; no mask, rows right-padded")
     size, parts = args.train_batch_size * args.world_size, args.gradient_accumulation_steps
     tokens = size * parts * sum(rows["length"]) / len(rows)
@@ -771,20 +999,37 @@ def begin(script, trainer, given, run, resume):
         text += f"[[{piece}]]" if learned else piece
     text = text if len(text) < 300 else f"{text[:100]} ... {text[-190:]}"
     say("example", text.replace("\n", "\\n") + "    ([[ ]] carries loss)")
-    if resume:
-        state = json.loads(Path(resume, "trainer_state.json").read_text("utf-8"))
-        trainer.first_step, epochs = state["global_step"], math.ceil(args.num_train_epochs)
-        last = state["max_steps"] * epochs / state["num_train_epochs"]
-        if trainer.first_step >= (args.max_steps if args.max_steps > 0 else last):
-            # Training was at its end: Trainer would go one step further.
-            args.max_steps, args.num_train_epochs = -1, int(state["epoch"])
+
+
+def begin(script, trainer, given, run, resume):
+    """Set and say what is done; record it, and with what, for whoever cites the run."""
+    args, model = trainer.args, trainer.model
+    if hasattr(model, "get_nb_trainable_parameters"):  # PEFT knows of packed and of single rows
+        trained, total = model.get_nb_trainable_parameters()
+    else:
+        trained, total = (get_model_param_count(model, only) for only in (True, False))
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     run |= {"trainable_parameters": trained, "total_parameters": total, "device": device}
+    print_banner(script, trainer, run, resume)
     run["versions"] = {n: str(sys.modules[n].__version__) for n in PACKAGES if n in sys.modules}
     git = "git describe --always --abbrev=40 --dirty --exclude '*'"  # no tags, the commit itself
     here = Path(__file__).resolve().parent
     done = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
     run |= {"hostname": os.uname().nodename, "git_commit": done.stdout.strip() or None}
     trainer.run_id, trainer.keep = run["id"], script.keep
+    weights = trained if hasattr(model, "peft_config") else total
+    moments = (2 if "8bit" in args.optim else 8) + 4 * bool(args.deepspeed)
+    trainer.save_bytes = 4 * weights + moments * trained
+    if resume:
+        state = json.loads(Path(resume, "trainer_state.json").read_text("utf-8"))
+        trainer.first_step, epochs = state["global_step"], math.ceil(args.num_train_epochs)
+        last = state["max_steps"] * epochs / state["num_train_epochs"]
+        early = state["stateful_callbacks"].get("EarlyStoppingCallback", {}).get("attributes", {})
+        waited = early.get("early_stopping_patience_counter", 0)
+        is_early = script.early_stopping_patience and waited >= script.early_stopping_patience
+        if is_early or trainer.first_step >= (args.max_steps if args.max_steps > 0 else last):
+            # Training was at its end: Trainer would go one step further.
+            args.max_steps, args.num_train_epochs = -1, int(state["epoch"])
     trainer.began = trainer.last = time.time()
     trainer.remove_callback(transformers.PrinterCallback)
     model.config.use_cache = True  # for whoever loads the result; batches say False
@@ -810,6 +1055,7 @@ def save_results(trainer, run):
     results |= {"train_tokens_per_second": speed, "peak_memory_gib": memory}
     results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     trainer.save_metrics("all", results, combined=False)
+    Path(trainer.args.output_dir, "lock").unlink(missing_ok=True)
     speed = f"{count:,} steps, {seconds:,.0f} s, {speed:,.0f} tok/s"
     say("done", f"loss {loss:.4f}, {speed}, peak {memory:.2f} GiB")
 

@@ -25,7 +25,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-output}
 SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR"
   --save_steps 100 --save_total_limit 2)
 # A file of `name: value` lines, such as a run_args.yaml, in place of the variables above: qsub -v CONFIG=my.yaml
-[[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG") OUTPUT_DIR=$(sed -n 's/^output_dir: *//p' "$CONFIG" 2>&-)
+[[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG") OUTPUT_DIR=$(sed -n 's/^output_dir: *//p' -- "$CONFIG" 2>&-)
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
 [[ -z ${VALIDATION_FILE:-} ]] || WORDS=(--validation_file "$VALIDATION_FILE" "${WORDS[@]}")
 [[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}") # e.g. ../deepspeed_configs/zero1.json

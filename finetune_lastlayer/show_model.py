@@ -69,7 +69,7 @@ def load_outline(args):
         config = AutoConfig.from_pretrained(args.model_name_or_path, **trusted)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **trusted)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file can raise anything
         problem = "is no causal language model here, nor could it be fetched"
         return fail(f"--model_name_or_path {args.model_name_or_path} {problem}: {error}")
 

@@ -27,12 +27,10 @@ def main(argv=None):
     args = parse(argv)
     check_output(args)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess and warn
-    from safetensors import SafetensorError  # from here on it takes seconds
-    from transformers.utils import logging
+    from transformers.utils import logging  # from here on it takes seconds
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    known = OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning, SafetensorError
     try:
         adapter = find_adapter(args)
         base, dtype = find_base(args, adapter)
@@ -45,8 +43,9 @@ def main(argv=None):
         check_same("the merged model", merged, wanted)
         size, tied = model.num_parameters(), "tied" if is_tied(model) else "untied"
         cast, reloaded = write(args, adapter, base, model, tokenizer, dtype, ids)
-    except known as error:
-        fail(f"{args.adapter_name_or_path} cannot be merged: {error}")
+    except Exception as error:  # damaged files can raise anything
+        why = error if " " in str(error) else repr(error)
+        fail(f"{args.adapter_name_or_path} cannot be merged: {why}")
     change = largest(wanted[:, : alone.shape[1], : alone.shape[2]], alone)  # no new tokens
     figures = {
         "base + adapter against the base": change,
@@ -92,7 +91,7 @@ def find_base(args, adapter):
     base = args.base_model_name_or_path or found
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         problem = f"its base {base} is not here. Say where: --base_model_name_or_path."
         fail(f"{args.adapter_name_or_path} cannot be merged: {problem} ({error})")
     problem = f"the base {base} is stored quantised: merging would round the adapter away"

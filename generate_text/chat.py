@@ -19,8 +19,6 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from jinja2 import TemplateError
-
 # ---- 1. Settings ----
 
 
@@ -57,9 +55,7 @@ CHAT_TEMPLATE = r"""
         {{- message.content + '\n\n' }}
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '### 応答:\n' }}
-{%- endif %}
+{{- '### 応答:\n' if add_generation_prompt }}
 """
 
 
@@ -80,7 +76,10 @@ def chat_texts(turns, tokenizer):
     texts, done, render = [], "", tokenizer.apply_chat_template
     stops = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     for stop in [*stops, len(turns)]:
-        before = render(turns[:stop], tokenize=False, add_generation_prompt=True)
+        if stop:
+            before = render(turns[:stop], tokenize=False, add_generation_prompt=True)
+        else:  # a conversation may begin with an answer
+            before = render([{**turns[0], "content": "\0"}], tokenize=False).split("\0")[0]
         after = render(turns[: stop + 1], tokenize=False) if stop < len(turns) else before
         if not (before.startswith(done) and after.startswith(before)):  # training refuses it
             return [render(turns, tokenize=False, add_generation_prompt=True)]
@@ -140,8 +139,7 @@ def load_model(args, precision, tokenizer):
     model, info = load(args.base, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])[:3]
     check(not missing, f"{args.base} lacks weights, they would be random: {missing}")
-    kinds = [type(module).__module__ for module in model.modules()]
-    args.quantised = kinds.count("bitsandbytes.nn.modules")
+    args.quantised = sum(type(m).__module__ == "bitsandbytes.nn.modules" for m in model.modules())
     check(args.quantised or not is_quantised, "no layer was quantised. Leave --load_in_... out.")
     return add_adapter(args, model, len(tokenizer)) if args.recorded else model
 
@@ -199,19 +197,18 @@ def main(argv=None):
     args = parse(argv)
     check_arguments(args)
     import torch  # from here on it takes seconds
-    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     logging.disable(logging.WARNING)
-    known = OSError, ValueError, RuntimeError, ImportError, SafetensorError, UserWarning
     try:
         precision, reason = choose_precision(args)
         tokenizer = load_tokenizer(args)
         model = load_model(args, precision, tokenizer)
         set_generation(args, model, tokenizer, is_chat=True)
-    except (*known, TemplateError) as error:
-        fail(f"{args.model_name_or_path}{args.origin}: {error}")
+    except Exception as error:  # damaged files can raise anything
+        why = error if " " in str(error) else repr(error)
+        fail(f"{args.model_name_or_path}{args.origin}: {why}")
     note("model", f"{args.model_name_or_path} ({model.config.model_type}){args.origin}")
     note("device", f"{model.device}, {precision} ({reason}); exit or Ctrl-D ends the chat")
     try:
@@ -330,11 +327,12 @@ def choose_chat_template(name, tokenizer):
     if name is None and tokenizer.chat_template is not None:
         return
     is_known = name in (None, "alpaca")
-    ours = "../chat_templates/dolly.jinja or rinna.jinja"
-    check(is_known or Path(name).is_file(), f"--chat_template {name} is no file; ours are {ours}.")
-    template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8")
-    tokenizer.chat_template, first = template, leading_ids(tokenizer)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    try:
+        template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8-sig")
+        tokenizer.chat_template, first = template, leading_ids(tokenizer)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except Exception as error:  # a template can raise anything
+        fail(f"--chat_template {name}: {error!r}; ours are ../chat_templates/*.jinja.")
     if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
         tokenizer.chat_template = "{{ bos_token }}" + template
 

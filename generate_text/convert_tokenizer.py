@@ -253,7 +253,7 @@ def count_losses(args, directory, file):
     from sentencepiece import SentencePieceProcessor
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     model = SentencePieceProcessor(model_file=str(file))
     texts, lost, other, characters = read_texts(Path(args.check)), [], 0, 0
     for text in texts:

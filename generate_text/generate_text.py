@@ -2,7 +2,8 @@
 """Let a causal language model, or an adapter on top of one, answer a prompt or a file of prompts.
 
 A prompt has exactly the ids it had in training. Weights take 2 bytes per parameter (4 on a CPU,
-1 in 8 bit, about 0.5 in 4 bit). Interrupted, the same command goes on where it stopped.
+1 in 8 bit, about 0.5 in 4 bit). Interrupted, the same command goes on where it stopped: a file
+STOP beside OUT, SIGTERM, or $DEADLINE coming near end it between two batches, with status 75.
 
 By hand   python generate_text.py --model_name_or_path MODEL --prompt TEXT
 A file    python generate_text.py --model_name_or_path MODEL --prompt_file FILE --output_file OUT
@@ -11,17 +12,17 @@ Follows   https://huggingface.co/docs/transformers/llm_tutorial
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
-
-from jinja2 import TemplateError
 
 # ---- 1. Settings ----
 
@@ -56,6 +57,8 @@ def parse(argv):
 
 
 # Copied from finetune_full/finetune_full.py
+UNUSED = "system history tools chosen rejected thinking reasoning reasoning_content".split()
+# Copied from finetune_full/finetune_full.py
 CHAT_TEMPLATE = r"""
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
@@ -65,17 +68,14 @@ CHAT_TEMPLATE = r"""
         {{- message.content + '\n\n' }}
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '### 応答:\n' }}
-{%- endif %}
+{{- '### 応答:\n' if add_generation_prompt }}
 """
 
 
 def encode_prompt(row, tokenizer):
-    """Return (form, ids) of what stands before a row's answer in training, in a chat its last.
-
-    As format_row and encode have it there, but an answer may be missing: change them alike.
-    """
+    """Return (form, ids) of what stands before a row's (last) answer: as in format_row, encode."""
+    if unused := [name for name in UNUSED if row.get(name)]:
+        raise ValueError(f"{', '.join(unused)} would be left out: remove it, or make it text.")
     if isinstance(row.get("messages"), list):
         form, turns = "messages", row["messages"]
     elif "prompt" in row and ("completion" in row or not {"instruction", "output"} <= set(row)):
@@ -86,9 +86,13 @@ def encode_prompt(row, tokenizer):
     else:
         raise ValueError(f"no messages, prompt or instruction in the columns {', '.join(row)}.")
     for turn in turns:
+        for name, value in turn.items() if isinstance(turn, dict) else ():
+            if name not in ("role", "content") and value not in (None, "", [], {}):
+                raise ValueError(f"a turn is role and content: its {name} would be left out.")
         if not isinstance(turn, dict) or {type(turn.get(k)) for k in ("role", "content")} != {str}:
             raise ValueError(f"{form} must hold text, found {str(turn)[:60]}.")
     texts = chat_texts(turns, tokenizer) if form != "prompt" else [row["prompt"]]
+    "".join(texts).encode()  # raises on half a surrogate pair, which JSON can write
     parts = [tokenizer(text, add_special_tokens=False, verbose=False) for text in texts]
     ids, first = [i for part in parts for i in part["input_ids"]], leading_ids(tokenizer)
     return form, ids if ids[: len(first)] == first else first + ids
@@ -103,7 +107,10 @@ def chat_texts(turns, tokenizer):
     texts, done, render = [], "", tokenizer.apply_chat_template
     stops = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     for stop in [*stops, len(turns)]:
-        before = render(turns[:stop], tokenize=False, add_generation_prompt=True)
+        if stop:
+            before = render(turns[:stop], tokenize=False, add_generation_prompt=True)
+        else:  # a conversation may begin with an answer
+            before = render([{**turns[0], "content": "\0"}], tokenize=False).split("\0")[0]
         after = render(turns[: stop + 1], tokenize=False) if stop < len(turns) else before
         if not (before.startswith(done) and after.startswith(before)):  # training refuses it
             return [render(turns, tokenize=False, add_generation_prompt=True)]
@@ -128,7 +135,9 @@ def read_file(file):
     text = Path(file).read_text("utf-8-sig")
     start = "".join(text[:999].split())
     if file.lower().endswith((".jsonl", ".json")) or start.startswith(('{"', '[{"')):
-        return json.loads(text) if start.startswith("[") else text.split("\n")
+        if not start.startswith("["):
+            return text.split("\n")
+        return [row if isinstance(row, dict) else [row] for row in json.loads(text)]
     return [{"prompt": line} if line.strip() else "" for line in text.split("\n")]
 
 
@@ -150,8 +159,8 @@ def read_prompts(args, tokenizer):
             check(len(ids) < room, f"{place}: {len(ids):,} tokens, of {room:,} positions at most.")
             rows.append(row)
             prompts.append(ids)
-    except (ValueError, TypeError, TemplateError) as error:
-        fail(f"{place}: {error}")
+    except Exception as error:  # a damaged file and a template can raise anything
+        fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
     check(rows, f"{args.prompt_file} has no prompts.")
     return form, rows, prompts
 
@@ -199,8 +208,7 @@ def load_model(args, precision, tokenizer):
     model, info = load(args.base, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])[:3]
     check(not missing, f"{args.base} lacks weights, they would be random: {missing}")
-    kinds = [type(module).__module__ for module in model.modules()]
-    args.quantised = kinds.count("bitsandbytes.nn.modules")
+    args.quantised = sum(type(m).__module__ == "bitsandbytes.nn.modules" for m in model.modules())
     check(args.quantised or not is_quantised, "no layer was quantised. Leave --load_in_... out.")
     return add_adapter(args, model, len(tokenizer)) if args.recorded else model
 
@@ -253,30 +261,31 @@ def set_generation(args, model, tokenizer, is_chat):
 
 # ---- 4. Answers ----
 
-FULL = "GPU memory is full. Try a smaller --batch_size, --load_in_8bit true or --device_map auto."
-
 
 def main(argv=None):
     args = parse(argv)
     check_arguments(args)
     import torch  # from here on it takes seconds
-    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     logging.disable(logging.WARNING)
-    known = OSError, ValueError, RuntimeError, ImportError, SafetensorError, UserWarning
+    full = "GPU memory is full. Try a smaller --batch_size, --load_in_8bit or --device_map auto."
     try:
         precision, reason = choose_precision(args)
         tokenizer = load_tokenizer(args)
         form, rows, prompts = read_prompts(args, tokenizer)
         if args.prompt_file:
             claim_output(args, precision, prompts)
+            signal.signal(signal.SIGTERM, lambda *_: setattr(args, "deadline", 0))
+            stop_if_asked(args)
         model = load_model(args, precision, tokenizer)
         set_generation(args, model, tokenizer, is_chat=form != "prompt")
-    except (*known, TemplateError) as error:
-        is_full = isinstance(error, torch.OutOfMemoryError)
-        fail(FULL if is_full else f"{args.model_name_or_path}{args.origin}: {error}")
+    except torch.OutOfMemoryError:
+        fail(full)
+    except Exception as error:  # damaged files can raise anything
+        why = error if " " in str(error) else repr(error)
+        fail(f"{args.model_name_or_path}{args.origin}: {why}")
     print_banner(args, model, tokenizer, f"{precision} ({reason})", prompts)
     try:
         if args.prompt_file:
@@ -285,7 +294,9 @@ def main(argv=None):
             for name, text in generate(args, model, tokenizer, prompts)[0][0].items():
                 print(f"--- {name}\n{text}" if args.compare_base else text)
     except torch.OutOfMemoryError:
-        fail(FULL)
+        fail(full)
+    except OSError as error:  # a full disk, most often
+        fail(f"{error}: {args.output_file} is not finished. The same command goes on from there.")
 
 
 def generate(args, model, tokenizer, prompts, draw=0):
@@ -314,21 +325,22 @@ def answer_file(args, model, tokenizer, rows, prompts):
     """Answer what has no answer yet, the longest first, and write all rows in their order."""
     output = Path(args.output_file).resolve()
     partial, new = Path(f"{output}.partial"), Path(f"{output}.tmp")
-    answers, began, last, tokens, cut = [], time.time(), 0, 0, 0
-    if partial.exists():
-        whole, end, _ = partial.read_bytes().rpartition(b"\n")  # behind it: cut off by a kill
-        os.truncate(partial, len(whole + end))
-        answers = [answer for line in whole.splitlines() for answer in json.loads(line)]
+    answers, began, last, slowest, tokens, cut = [], time.time(), 0, 0, 0, 0
+    for line in partial.read_bytes().split(b"\n") if partial.exists() else ():
+        with suppress(ValueError, TypeError):  # damaged by a kill: made again, with all behind
+            first, results = json.loads(line)
+            answers += results if first == len(answers) else []
     before, order = len(answers), sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     while len(answers) < len(rows):
-        first = len(answers)
+        first, start = len(answers), time.time()
+        stop_if_asked(args, slowest, f"{first:,} of {len(rows):,} rows are answered; ")
         fits = len(prompts[order[first]]) + args.max_new_tokens <= args.positions
         size = args.batch_size if fits else 1  # padding would take room from shorter prompts
         batch = [prompts[i] for i in order[first : first + size]]
         results, made, unended = generate(args, model, tokenizer, batch, first)
         with partial.open("a") as file:
-            file.write(json.dumps(results) + "\n")
-        answers += results
+            file.write(f"\n{json.dumps([first, results])}\n")
+        answers, slowest = answers + results, max(slowest, time.time() - start)
         tokens, cut, seconds = tokens + made, cut + unended, time.time() - began
         if seconds - last > 30:
             last, rest = seconds, (len(rows) - len(answers)) * seconds / (len(answers) - before)
@@ -337,11 +349,23 @@ def answer_file(args, model, tokenizer, rows, prompts):
     with new.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for i, row in enumerate(rows):
             file.write(json.dumps(row | answers[i], ensure_ascii=False, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # or a crash might leave neither these nor what they replace
     new.replace(output)
-    partial.unlink()
+    partial.unlink(missing_ok=True)
     done = f"{len(rows):,} rows in {args.output_file}; {len(rows) - before:,} answered now, in"
     speed = f"{seconds:,.0f} s, {tokens / seconds:,.0f} tok/s"
     note("done", f"{done} {speed}; {cut:,} answers cut off before a stop token")
+
+
+def stop_if_asked(args, seconds=0, done=""):
+    """Leave with 75, "not finished", where a batch of so many seconds must not begin any more."""
+    file, until = Path(args.output_file).resolve().with_name("STOP"), args.deadline
+    if file.exists() or time.time() + seconds + 10 > until:
+        why = file if file.exists() else f"DEADLINE {time.ctime(until)}" if until else "SIGTERM"
+        file.unlink(missing_ok=True)
+        note("stopped", f"by {why}; {done}to go on, type the same command or submit the same job")
+        raise SystemExit(75)
 
 
 # ---- 5. Guard rails: no need to read ----
@@ -366,13 +390,25 @@ def boolean(text):
     return ("false", "true").index(text.lower()) == 1
 
 
+def read_deadline():
+    """DEADLINE, in seconds since the epoch: given so, or as HH:MM, the next such time."""
+    text, today = os.environ.get("DEADLINE", ""), time.localtime()[:3]
+    with suppress(ValueError):
+        if ":" not in text:
+            return int(text or sys.maxsize)
+        at = time.mktime((*today, *time.strptime(text, "%H:%M")[3:6], 0, 0, -1))
+        return at if at > time.time() else at + 24 * 3600
+    return fail(f"DEADLINE={text} is no time: type 18:30, or seconds since 1970 (date +%s).")
+
+
 def check_arguments(args):
     """Refuse what cannot work before anything is loaded; finds the base of an adapter."""
-    file, template, name = args.prompt_file, args.chat_template, args.model_name_or_path
+    file, name = args.prompt_file, args.model_name_or_path
     check(args.chat is False, "--chat is gone. Type: python chat.py --model_name_or_path MODEL")
     check((file is None) != (args.prompt is None), "give one of --prompt and --prompt_file.")
     check((file is None) == (args.output_file is None), "--prompt_file needs an --output_file.")
     check(file is None or Path(file).is_file(), f"{file} is no file, seen from {Path.cwd()}.")
+    args.deadline = read_deadline() if file else None
     is_same = file and Path(file).resolve() == Path(args.output_file or "").resolve()
     check(not is_same, "--output_file is the --prompt_file. Choose another.")
     check(args.batch_size > 0, "--batch_size must be 1 or more.")
@@ -381,8 +417,6 @@ def check_arguments(args):
     check(args.do_sample or is_plain, "--temperature and --top_p do nothing without --do_sample.")
     fits = 0 < args.temperature < 1e9 and 0 < args.top_p <= 1 and 0 <= args.seed < 2**62
     check(fits, "--temperature must be above 0, --top_p above 0 and at most 1, --seed 0 or more.")
-    is_gone = template in ("dolly", "rinna") and not Path(template).exists()
-    check(not is_gone, f"--chat_template ../chat_templates/{template}.jinja: it is a file now.")
     record, args.base, args.recorded, args.origin = Path(name, "adapter_config.json"), name, "", ""
     if record.is_file():
         with suppress(ValueError):
@@ -417,11 +451,12 @@ def choose_chat_template(name, tokenizer):
     if name is None and tokenizer.chat_template is not None:
         return
     is_known = name in (None, "alpaca")
-    ours = "../chat_templates/dolly.jinja or rinna.jinja"
-    check(is_known or Path(name).is_file(), f"--chat_template {name} is no file; ours are {ours}.")
-    template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8")
-    tokenizer.chat_template, first = template, leading_ids(tokenizer)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    try:
+        template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8-sig")
+        tokenizer.chat_template, first = template, leading_ids(tokenizer)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except Exception as error:  # a template can raise anything
+        fail(f"--chat_template {name}: {error!r}; ours are ../chat_templates/*.jinja.")
     if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
         tokenizer.chat_template = "{{ bos_token }}" + template
 
@@ -483,25 +518,38 @@ def claim_output(args, precision, prompts):
     output = Path(args.output_file).resolve()
     text = Path(args.prompt_file).read_bytes() + json.dumps(prompts).encode()
     settings = vars(args) | {"precision": precision, "prompts": hashlib.sha256(text).hexdigest()}
-    settings |= dict.fromkeys(["device_map", "prompt_file", "output_file"])  # change no answer
-    if not args.do_sample:
-        settings["batch_size"] = None
+    free = ["device_map", "prompt_file", "output_file", "deadline"]  # they change no answer
+    settings |= dict.fromkeys(free if args.do_sample else [*free, "batch_size"])
     for directory in (args.base, args.model_name_or_path):
         for name in ("*.safetensors", "*.bin", "*config.json"):
             stats = [(file.name, file.stat()) for file in sorted(Path(directory).glob(name))]
             settings[f"{directory}/{name}"] = [[n, s.st_size, s.st_mtime_ns] for n, s in stats]
     record = Path(f"{output}.settings.json")
-    before = json.loads(record.read_text("utf-8")) if record.is_file() else {}
+    ends = [end for end in ("", ".partial", ".tmp") if Path(f"{output}{end}").exists()]
+    text = record.read_bytes() if record.is_file() else b"{}"
+    before = None if text or ends else {}
+    with suppress(ValueError):
+        before = json.loads(text)
+    check(isinstance(before, dict), f"{record} is damaged: remove it and .partial to begin anew.")
     pairs = [(name, before.get(name), value) for name, value in settings.items()]
     changed = [f"{name} was {was}, now {now}" for name, was, now in pairs if was != now]
-    suffixes = ["", ".partial", ".tmp", ".settings.json"][: 3 if "prompts" in before else 4]
-    is_free = not any(Path(f"{output}{suffix}").exists() for suffix in suffixes)
+    is_free = not ends and (not before or "prompts" in before)
     check(is_free or not changed, f"{output} holds other answers: choose another. {changed}")
     if output.exists():
         note("finished", f"{output} holds these answers; remove it to make them again")
         raise SystemExit(0)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings, indent=1, ensure_ascii=False), "utf-8")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        args.lock = record.open("a")  # the system frees it, in whatever way this process ends
+        try:
+            fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # where there are no locks, two will write the same answers
+            is_held = isinstance(error, BlockingIOError)
+            check(not is_held, f"another process is writing {output}. Wait, or choose another.")
+        if changed:
+            record.write_text(json.dumps(settings, indent=1, ensure_ascii=False), "utf-8")
+    except OSError as error:
+        fail(f"--output_file {output} cannot be written: {error}")
 
 
 if __name__ == "__main__":

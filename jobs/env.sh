@@ -8,13 +8,17 @@
 #   CACHE_ROOT                  models and packages to keep: /groups/GROUP/USER/cache where GROUP is set or the path of
 #                               the working directory shows a group area, else ~/.cache
 #   BUILD_CACHE                 compiled code, on the node's own disk: many small files, of no use to another node
+#   DEADLINE                    when the scripts must have saved and stopped, HH:MM or seconds since 1970; in a job PBS
+#                               is asked for its end
+#   ARGS_FILE                   in a job of an array: the file whose line PBS_ARRAY_INDEX joins ARGS
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
   echo "error: this file is sourced, not run. Type: source ${BASH_SOURCE[0]}" >&2
   exit 2
 fi
 
 _env_error() {
-  echo "error: $*" >&2
+  local text="error: $*"
+  echo "${text//$'\n'/ }" >&2
   return 2
 }
 
@@ -103,6 +107,48 @@ _env_threads() {
   export MAX_JOBS=${MAX_JOBS:-$OMP_NUM_THREADS}                   # compilers at once when an extension is built
 }
 
+# PBS kills a job at its walltime without a warning. So ask it once when that is: DEADLINE, in seconds since 1970.
+_env_deadline() {
+  local text start seconds now s='[[:space:]]*'
+  now=$(date +%s)
+  # DEADLINE_OF: whose it is. Another job's comes along by qsub -V; one by qsub -v or by hand is nobody's, and stays.
+  [[ -z ${DEADLINE_OF:-} || $DEADLINE_OF == "${PBS_JOBID:-}" ]] || unset DEADLINE DEADLINE_OF
+  if [[ ${DEADLINE:-} =~ ^([01]?[0-9]|2[0-3]):[0-5][0-9]$ ]]; then
+    text=$DEADLINE
+    DEADLINE=$(date -d "$text" +%s)
+    ((DEADLINE > now)) || DEADLINE=$(date -d "tomorrow $text" +%s)
+  elif [[ ! ${DEADLINE:-} =~ ^([1-9][0-9]{8,10})?$ ]]; then
+    _env_error "DEADLINE=$DEADLINE is no time. Set it to HH:MM or seconds since 1970 (date +%s), or unset it" || return
+  elif [[ -z ${DEADLINE:-} && -n ${PBS_JOBID:-} && -z ${DEADLINE_OF:-} ]]; then
+    text=$(PATH=$PATH:/opt/pbs/bin timeout -k 5 20 qstat -f -F json "$PBS_JOBID" 2>/dev/null) || true
+    # Not by a JSON parser: what users put into variables can spoil it. They come last; a line is an attribute.
+    text=${text%%\"Variable_List\"*} start="" seconds=0
+    [[ ! $text =~ $'\n'$s\"stime\":$s\"([^\"]+)\" ]] || start=$(date -d "${BASH_REMATCH[1]}" +%s 2>/dev/null) || true
+    [[ ! $text =~ $'\n'$s\"Resource_List\":[^}]*\"walltime\":$s\"([0-9]+):([0-9]+):([0-9]+)\" ]] ||
+      seconds=$((10#${BASH_REMATCH[1]} * 3600 + 10#${BASH_REMATCH[2]} * 60 + 10#${BASH_REMATCH[3]}))
+    # A time that cannot be (a wrong clock) would stop every job at its first step: none is better.
+    [[ -z $start ]] || ((start > now + 60 || now >= start + seconds)) || DEADLINE=$((start + seconds))
+    DEADLINE_OF=$PBS_JOBID
+  fi
+  export DEADLINE=${DEADLINE:-} DEADLINE_OF=${DEADLINE_OF:-}
+}
+
+# A sweep, qsub -J 1-N -v ARGS_FILE=sweep.txt: each job of the array has its line of the file and its OUTPUT_DIR.
+_env_sweep() {
+  local line
+  [[ -n ${ARGS_FILE:-} ]] || return 0
+  [[ ${PBS_ARRAY_INDEX:-} =~ ^[1-9][0-9]{0,5}$ ]] ||
+    _env_error "ARGS_FILE needs the number of a line. Submit with -J 1-N, or by hand set PBS_ARRAY_INDEX=1" || return
+  line=$(sed -n "$PBS_ARRAY_INDEX{s/\r\$//;p}" -- "$ARGS_FILE" 2>/dev/null) || true
+  [[ $line == *[![:space:]]* ]] ||
+    _env_error "there is no line $PBS_ARRAY_INDEX in ARGS_FILE=$ARGS_FILE, or nothing in it" || return
+  [[ -z ${CONFIG:-} || $line == *--output_dir* ]] ||
+    _env_error "CONFIG has one output_dir for all. Put an --output_dir into each line of $ARGS_FILE" || return
+  export ARGS="${ARGS:+$ARGS }$line" OUTPUT_DIR=${OUTPUT_DIR:-output}/$PBS_ARRAY_INDEX
+  echo "sweep     line $PBS_ARRAY_INDEX of $ARGS_FILE: $line"
+  unset ARGS_FILE # done; what sources this file again below this job keeps ARGS and OUTPUT_DIR
+}
+
 # _env_venv DIRECTORY-OF-THIS-FILE: activate the virtual environment; sets _env_python to its version.
 _env_venv() {
   local make="bash $1/setup_venv.sh"
@@ -115,7 +161,7 @@ _env_venv() {
 }
 
 _env_main() {
-  local here modules _env_python=""
+  local here modules deadline="" _env_python=""
   here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || return
   umask 027 # PBS's is 077: your group could not read what a job writes
   PYTHON_MODULE=${PYTHON_MODULE-python/3.12/3.12.9}
@@ -123,11 +169,15 @@ _env_main() {
   MPI_MODULE=${MPI_MODULE-}
   VENV=${VENV:-${here%/*}/.venv}
   export PYTHONUNBUFFERED=1 # a line is in the log when it is printed
-  _env_modules && _env_caches && _env_threads || return
+  # PBS sends SIGTERM to this shell too. With a trap it waits for what it runs, which saves, and returns its status.
+  [[ ${PBS_ENVIRONMENT:-} != PBS_BATCH ]] || trap : TERM
+  _env_modules && _env_caches && _env_threads && _env_deadline && _env_sweep || return
   [[ ${NEED_VENV:-yes} == no ]] || _env_venv "$here" || return
   modules="${PYTHON_MODULE:-none}${CUDA_MODULE:+ $CUDA_MODULE}${MPI_MODULE:+ $MPI_MODULE}"
+  [[ -z $DEADLINE_OF ]] || deadline="unknown (no answer from qstat)"
+  [[ -z $DEADLINE ]] || deadline=$(date -d "@$DEADLINE" '+%F %T')
   echo "env       ${_env_python:+python $_env_python ($VENV), }modules $modules," \
-    "cache $CACHE_ROOT, build cache $BUILD_CACHE, $OMP_NUM_THREADS threads"
+    "cache $CACHE_ROOT, build cache $BUILD_CACHE, $OMP_NUM_THREADS threads${deadline:+, deadline $deadline}"
 }
 
 _env_main

@@ -22,10 +22,15 @@ export NODES=${NODES:-${#HOSTS[@]}} MASTER_ADDR=${HOSTS[0]}
 job_number=${PBS_JOBID:-$$}
 export MASTER_PORT=${MASTER_PORT:-$((10000 + ${job_number%%[!0-9]*} % 20000))}
 
+# When PBS ends a job it sends SIGTERM to mpirun and to all else on the first node, and 10 s later SIGKILL. By itself
+# mpirun would signal again after 1 s and disturb the ranks in what they save. A failed job ends that much later.
+export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-5}
+
 LAUNCH=(python ../jobs/run_ranks.py mpirun -np "$NODES" -map-by "${MAP_BY:-ppr:1:node}" -bind-to none)
 [[ -z $HOSTFILE ]] || LAUNCH+=(-hostfile "$HOSTFILE")
 # mpirun passes on what is named here and nothing else; the rest, each node's env.sh finds out anew.
-for name in NODES MASTER_ADDR MASTER_PORT NPROC_PER_NODE START_TIMEOUT COLLECTIVE_TIMEOUT PBS_JOBID \
+for name in NODES MASTER_ADDR MASTER_PORT NPROC_PER_NODE START_TIMEOUT COLLECTIVE_TIMEOUT \
+  PBS_JOBID DEADLINE DEADLINE_OF \
   PYTHON_MODULE CUDA_MODULE VENV GROUP CACHE_ROOT HF_HOME HF_TOKEN HF_TOKEN_PATH HF_HUB_OFFLINE WANDB_API_KEY \
   "${!NCCL_@}" "${!GLOO_@}" "${!TORCH_NCCL_@}"; do
   if [[ -n ${!name+set} ]]; then
@@ -33,4 +38,4 @@ for name in NODES MASTER_ADDR MASTER_PORT NPROC_PER_NODE START_TIMEOUT COLLECTIV
     LAUNCH+=(-x "$name")
   fi
 done
-LAUNCH+=(bash ../jobs/node.sh)
+LAUNCH+=(-x RUN_RANKS bash ../jobs/node.sh) # RUN_RANKS is set by run_ranks.py

@@ -16,6 +16,9 @@ NODE_RANK=${OMPI_COMM_WORLD_RANK:-${NODE_RANK:-}}
 for name in NODES MASTER_ADDR MASTER_PORT NODE_RANK; do
   [[ -n ${!name:-} ]] || { echo "error: $name is not set. This is started by job_multinode.sh" >&2; exit 2; }
 done
+[[ $NODE_RANK =~ ^[0-9]+$ ]] || { echo "error: NODE_RANK=$NODE_RANK is no number" >&2; exit 2; }
+unset ARGS_FILE # the job file has read its line
+trap : TERM     # mpirun's, which torchrun gets too: wait for it
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh" >/dev/null || exit # its line stands in the log once, from the job file
 unset "${!OMPI_@}" "${!PMIX_@}" # else the training would take itself for an MPI program
 PATH=$PATH:/usr/sbin:/sbin      # a shell that mpirun starts has not always `ip` in its path

@@ -6,9 +6,14 @@
 What the launcher and its processes print passes through unchanged. torchrun and mpirun go on
 talking after a failure, one page per node; so when all is over, one more line gathers what counts,
 and the exit status is the launcher's.
+
+A script that stops before it is finished (deadline, SIGTERM, STOP) prints a line `stopped    ...`,
+and all its ranks leave with status 0: torchrun and mpirun know only success and failure. This one
+then leaves with status 75, "submit again". RUN_RANKS in the environment tells the scripts so.
 Follows https://docs.pytorch.org/docs/stable/elastic/errors.html (the form of torchrun's report).
 """
 
+import os
 import re
 import signal
 import subprocess
@@ -22,6 +27,7 @@ FAILURE = re.compile(
     r"rank\s+: (?P<rank>\d+) .*?exitcode\s+: (?P<code>-?\d+)",
     re.S,
 )
+STOPPED = "stopped    "
 PREFIX = re.compile(r"^(\[\S+\]:\s?|\[1,\d+\]<stderr>:\s?)+")  # of torch's ranks, of mpirun's nodes
 
 
@@ -74,7 +80,8 @@ def main(command):
         print("error: no command. Type: run_ranks.py torchrun ...", file=sys.stderr)
         return 2
     try:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        env = os.environ | {"RUN_RANKS": "1"}
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, env=env)
     except OSError as error:
         print(f"error: {command[0]} does not start: {error.strerror}", file=sys.stderr)
         return 2
@@ -82,18 +89,26 @@ def main(command):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     lines = deque(maxlen=20_000)  # a thousand ranks print a page each
+    stopped = threading.Event()
 
     def pass_on():
         for line in process.stderr:
+            if stopped.is_set():
+                continue  # read, for a full pipe would block; what a launcher says now misleads
             lines.append(line.decode(errors="replace").rstrip("\n"))
             sys.stderr.buffer.write(line)
             sys.stderr.flush()
+            if PREFIX.sub("", lines[-1].rsplit("\r", 1)[-1]).startswith(STOPPED):
+                stopped.set()
 
     reader = threading.Thread(target=pass_on, daemon=True)
     reader.start()
     status = process.wait()
     reader.join(timeout=3)  # not for ever: a process left behind may hold the pipe
     status = 128 - status if status < 0 else status
+    # Another rank's unfinished line may stand before ours; no failure, so it is no quotation.
+    if stopped.is_set() or (status == 0 and any(STOPPED in line for line in lines)):
+        return 75
     if status:
         print(f"failed     {describe(list(lines), status)}", file=sys.stderr, flush=True)
     return status

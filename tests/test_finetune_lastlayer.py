@@ -341,7 +341,7 @@ BAD_ARGUMENTS = {
     ),
     "weight decay": ([*TRAIN_NEW, "--weight_decay", "0.1"], OTHER_ROWS),
     "8-bit Adam": ([*TRAIN_NEW, "--optim", "adamw_bnb_8bit"], OTHER_ROWS),
-    "other 8-bit Adam": ([*TRAIN_NEW, "--optim", "adamw_torch_8bit"], OTHER_ROWS),
+    "other 8-bit Adam": ([*TRAIN_NEW, "--optim", "paged_adamw_8bit"], OTHER_ROWS),
     "Adafactor": ([*TRAIN_NEW, "--optim", "adafactor"], OTHER_ROWS),
     "8 bit": (
         ["--load_in_8bit", "true"],

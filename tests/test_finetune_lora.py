@@ -601,7 +601,7 @@ BAD = {
     "rows and whole": ("--new_tokens <s> --modules_to_save lm_head", "not both"),
     "rank": ("--lora_r 0", "--lora_r, --lora_alpha: above 0"),
     "alpha": ("--lora_alpha 0", "--lora_alpha: above 0"),
-    "endless alpha": ("--lora_alpha inf", "--lora_alpha: above 0"),
+    "endless alpha": ("--lora_alpha inf", "--lora_alpha cannot be inf"),
     "dropout": ("--lora_dropout 1", "below 1"),
     "both": ("--load_in_8bit true --load_in_4bit true", "--load_in_8bit or --load_in_4bit"),
     "misspelt": ("--lora_rank 8", "unrecognized arguments: --lora_rank"),

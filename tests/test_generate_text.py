@@ -1,7 +1,10 @@
 """generate_text.py and chat.py against plain forward passes, their own restarts, and bad input."""
 
+import errno
+import fcntl
 import io
 import json
+import math
 import os
 import runpy
 import shutil
@@ -31,12 +34,19 @@ script, chat = load_script(SCRIPT), load_script(CHAT)
 finetune = load_script(ROOT / "finetune_full" / "finetune_full.py")
 
 
+@pytest.fixture(autouse=True)
+def no_deadline(monkeypatch):
+    monkeypatch.delenv("DEADLINE", raising=False)
+
+
 def run(*arguments, main=script.main):
     """main() with keyword-like arguments; returns its exit code."""
     try:
         main([str(argument) for argument in arguments])
     except SystemExit as leave:
         return leave.code
+    finally:  # a process would end here: its handler, and with it its lock
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0
 
 
@@ -284,8 +294,9 @@ def test_longest_first(tmp_path, monkeypatch):
     """Too little memory shows at once; a prompt near the model's end is not padded by others."""
     prompts, asked = [[0] * n for n in (2, 8, 3, 8, 5, 7, 4)], []
     args = SimpleNamespace(
-        batch_size=2, max_new_tokens=4, positions=10, output_file=str(tmp_path / "out")
-    )
+        batch_size=2, max_new_tokens=4, positions=10, output_file=str(tmp_path / "out"),
+        deadline=math.inf,
+    )  # fmt: skip
 
     def answer(args, model, tokenizer, batch, draw):
         asked.append((draw, [len(prompt) for prompt in batch]))
@@ -343,7 +354,7 @@ def test_same_seed_same_draws_also_after_a_restart(tmp_path, checkpoints, train_
     with pytest.raises(AssertionError, match="killed"):
         answers("b", "--seed", 1)
     with (tmp_path / "b.partial").open("a") as file:
-        file.write('[{"gener')
+        file.write('\n[3, [{"gener')
     left[1:] = [1]
     with pytest.raises(AssertionError, match="killed"):
         answers("b", "--seed", 1)
@@ -524,7 +535,7 @@ def test_chat_alone_in_an_empty_folder(tmp_path, capsys, monkeypatch, checkpoint
 # ---- Restarting ----
 
 
-def test_killed_and_started_again(tmp_path, checkpoints):
+def test_killed_and_started_again(tmp_path, checkpoints, capsys):
     """Copied alone into an empty folder, killed in mid-run and mid-line, started again: as if nothing had happened."""
     rows = [{"prompt": ROWS[i % 7]["prompt"][: 10 + i % 9], "id": i} for i in range(200)]
     prompts, output = write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
@@ -540,18 +551,22 @@ def test_killed_and_started_again(tmp_path, checkpoints):
         env=os.environ | {"PYTHONPATH": ""},
     )
     deadline = time.time() + 120
-    while not partial.exists() or partial.read_bytes().count(b"\n") < 3:
+    while not partial.exists() or partial.read_bytes().count(b"]\n") < 3:
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.01)
+    # While it lives, a second process is refused; killed, it leaves nothing that would be in the way.
+    assert run_file(checkpoints["llama"], prompts, output, "--batch_size", 50, tokens=20) == 2
+    assert "another process is writing" in capsys.readouterr().err.splitlines()[-1]
+    assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not output.exists()
     before = partial.read_bytes()
-    partial.write_bytes(before + b'[{"generated_text": "half a li')
-    done, asked, kept, original = before.count(b"\n"), [], [], script.generate
+    partial.write_bytes(before + b'\n[3, [{"generated_text": "half a li')
+    done, asked, kept, original = before.count(b"]\n"), [], [], script.generate
     try:
         script.generate = lambda *a: (
-            kept.append(partial.read_bytes().count(b"\n")),
+            kept.append(partial.read_bytes().count(b"]\n")),
             asked.append(a[3]),
             original(*a),
         )[2]
@@ -611,6 +626,229 @@ def test_other_settings_are_never_mixed(finished, capsys, change, state):
     message = "is the --prompt_file" if change == "itself" else "holds other answers"
     assert message in capsys.readouterr().err
     assert output.read_bytes() == before and sorted(tmp_path.iterdir()) == files
+
+
+class Clock:
+    """The module time with a clock of its own, on which each batch takes as long as a test says."""
+
+    def __init__(self, monkeypatch, *seconds):
+        self.now, self.seconds, self.batches = 1_000_000_000.0, seconds or (20,), 0
+        original = script.generate
+        monkeypatch.setattr(script, "time", self)
+        monkeypatch.setattr(script, "generate", lambda *a: (self.tick(), original(*a))[1])
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+    def time(self):
+        return self.now
+
+    def tick(self):
+        self.now += self.seconds[min(self.batches, len(self.seconds) - 1)]
+        self.batches += 1
+
+
+MANY = [{"prompt": ROWS[i % 7]["prompt"][: 3 + i % 11], "id": i} for i in range(23)]
+DRAWN = ("--do_sample", "--seed", "3", "--temperature", "1.3", "--top_p", "0.9")
+
+
+@pytest.mark.parametrize("more", [(), DRAWN], ids=["greedy", "drawn"])
+def test_stopped_again_and_again_is_as_unbroken(tmp_path, checkpoints, monkeypatch, capsys, more):
+    """By the clock, by SIGTERM and by a file STOP, each several times: in the end, the same bytes."""
+    prompts, output = write_jsonl(tmp_path / "p.jsonl", MANY), tmp_path / "out"
+    more = (*more, "--batch_size", 2)
+    assert run_file(checkpoints["llama"], prompts, tmp_path / "unbroken", *more) == 0
+    clock, original, codes, done = Clock(monkeypatch), script.generate, [], []
+    assert len(MANY) // 2 + 1 == 12  # batches
+
+    def generate(*arguments):
+        if len(codes) % 3 == 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # in the middle of a batch, which is kept
+        if len(codes) in (2, 5):
+            (tmp_path / "STOP").touch()
+        return original(*arguments)
+
+    monkeypatch.setattr(script, "generate", generate)
+    while codes[-1:] != [0]:
+        # 20 seconds a batch and 10 for the rest: the third would end too late.
+        deadline = clock.now + 65 if len(codes) % 3 == 0 else clock.now + 9e6
+        monkeypatch.setenv("DEADLINE", str(int(deadline)))
+        before, _ = clock.batches, capsys.readouterr()
+        codes.append(run_file(checkpoints["llama"], prompts, output, *more))
+        done.append(clock.batches - before)
+        line = capsys.readouterr().err.splitlines()[-1]
+        if codes[-1]:
+            reason = ("DEADLINE", "SIGTERM", str(tmp_path / "STOP"))[(len(codes) - 1) % 3]
+            assert line.startswith("stopped    by " + reason)
+            assert f"; {min(2 * sum(done), 23)} of 23 rows are answered; to go on, type" in line
+        assert not (tmp_path / "STOP").exists() and output.exists() == (codes[-1] == 0)
+    assert codes == [75] * 8 + [0] and done == [2, 1, 1, 2, 1, 1, 2, 1, 1]
+    assert output.read_bytes() == (tmp_path / "unbroken").read_bytes()
+    names = {"p.jsonl", *(f"{name}{end}" for name in ("out", "unbroken") for end in ("", ".settings.json"))}  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("left", "batches"),
+    [(9, 0), (11, 1), (49, 1), (51, 2), (229, 2), (231, 3), (249, 3), (251, 4)],
+)
+def test_margin_is_that_of_the_slowest_batch(tmp_path, checkpoints, monkeypatch, left, batches):
+    """And 10 seconds; a deadline nearer than these ends the run before the model is loaded."""
+    prompts, clock = write_jsonl(tmp_path / "p.jsonl", MANY), Clock(monkeypatch, 20, 100, 20)
+    monkeypatch.setenv("DEADLINE", str(int(clock.now) + left))
+    if not batches:
+        monkeypatch.setattr(script, "load_model", lambda *_: pytest.fail("loaded"))
+    assert run_file(checkpoints["gpt2"], prompts, tmp_path / "out", "--batch_size", 2) == 75
+    assert clock.batches == batches
+
+
+@pytest.fixture
+def in_tokyo(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_forms_of_the_deadline(in_tokyo, monkeypatch, capsys):
+    noon, clock = 1_700_017_200, Clock(monkeypatch)  # 2023-11-15 12:00 there
+    clock.now = noon + 0.5
+    clock.localtime = lambda: time.localtime(clock.now)
+    for text, wanted in {"12:01": 60, "12:00": 86400, "0:00": 43200, "23:59": 43140}.items():
+        monkeypatch.setenv("DEADLINE", text)
+        assert script.read_deadline() == noon + wanted, text
+    monkeypatch.setenv("DEADLINE", "1700017260")
+    assert script.read_deadline() == noon + 60
+    monkeypatch.setenv("DEADLINE", "")
+    assert script.read_deadline() > noon + 10**12
+    for text in ("24:00", "12:60", "12:", ":30", "12:00:00", "noon", "1e9", "nan", "12.5", "0x1"):
+        monkeypatch.setenv("DEADLINE", text)
+        with pytest.raises(SystemExit) as stop:
+            script.read_deadline()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and line.startswith(f"error: DEADLINE={text} is no time"), text
+
+
+# ---- Damage ----
+
+
+NUL = b"\0" * 300
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        (lambda lines: [*lines, NUL], 5),  # behind the last answer
+        (lambda lines: [*lines[:-1], lines[-1][:-9], NUL], 4),
+        (lambda lines: [*lines[:-1], lines[-1][:7]], 4),  # cut off
+        (lambda lines: [*lines[:2], NUL, *lines[2:]], 5),  # in between
+        (lambda lines: [*lines[:2], b"\0" * len(lines[2]), *lines[3:]], 2),
+        (lambda lines: [lines[0], lines[0], lines[2], *lines[1:], *lines[1:]], 5),  # of two processes
+        (lambda lines: [NUL], 0),
+        (lambda lines: [b'[{"generated_text": "x"}]\n[1, 2]\n3\nnull\n{"0": [], "1": 2}\n'], 0),
+    ],
+)
+def test_a_damaged_partial_file(tmp_path, checkpoints, monkeypatch, damage, kept):
+    """What is whole is used, what is not is made again, and the result is the same; also next time."""
+    prompts, more = write_jsonl(tmp_path / "p.jsonl", MANY), (*DRAWN, "--batch_size", 2)
+    assert run_file(checkpoints["llama"], prompts, tmp_path / "unbroken", *more) == 0
+    clock, partial = Clock(monkeypatch, 20), tmp_path / "out.partial"
+    monkeypatch.setenv("DEADLINE", str(int(clock.now) + 115))
+    assert run_file(checkpoints["llama"], prompts, tmp_path / "out", *more) == 75
+    lines = partial.read_bytes().splitlines(keepends=True)
+    lines = [b"".join(pair) for pair in zip(lines[::2], lines[1::2], strict=True)]
+    assert len(lines) == 5
+    partial.write_bytes(b"".join(damage(lines)))
+    monkeypatch.setenv("DEADLINE", str(int(clock.now) + 45))
+    for left in (45, 9e6):
+        monkeypatch.setenv("DEADLINE", str(int(clock.now + left)))
+        clock.batches = 0
+        code = run_file(checkpoints["llama"], prompts, tmp_path / "out", *more)
+        assert (code, clock.batches) == ((75, 1) if left == 45 else (0, 12 - kept - 1))
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "unbroken").read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", NUL, b'{"prompts": "1', b'{"prompts": "1"\0', b"[]"])
+def test_a_damaged_record(tmp_path, checkpoints, monkeypatch, capsys, content):
+    """Whose answers these are is not known then: nothing is touched, and the line says what to do."""
+    prompts, clock = write_jsonl(tmp_path / "p.jsonl", MANY), Clock(monkeypatch, 20)
+    monkeypatch.setenv("DEADLINE", str(int(clock.now) + 45))
+    assert run_file(checkpoints["gpt2"], prompts, tmp_path / "out") == 75
+    record, partial = tmp_path / "out.settings.json", tmp_path / "out.partial"
+    record.write_bytes(content)
+    before, _ = partial.read_bytes(), capsys.readouterr()
+    monkeypatch.delenv("DEADLINE")
+    assert run_file(checkpoints["gpt2"], prompts, tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {record} is damaged: remove it and .partial to begin anew."
+    assert partial.read_bytes() == before and record.read_bytes() == content
+    partial.unlink()
+    if content:  # without answers, an empty one is what a full disk left, and in nobody's way
+        record.unlink()
+    assert run_file(checkpoints["gpt2"], prompts, tmp_path / "out") == 0
+
+
+def test_file_systems_without_locks(tmp_path, checkpoints, monkeypatch, capsys):
+    prompts = write_jsonl(tmp_path / "p.jsonl", MANY[:2])
+    for number, kept in ((errno.ENOSYS, False), (errno.EWOULDBLOCK, True)):
+        monkeypatch.setattr(
+            script.fcntl, "flock", lambda *_, n=number: (_ for _ in ()).throw(OSError(n, "no"))
+        )
+        code = run_file(checkpoints["gpt2"], prompts, tmp_path / str(number))
+        assert (code == 2) == ("another process" in capsys.readouterr().err) == kept
+
+
+def test_a_lock_is_freed_with_its_holder(tmp_path, checkpoints, capsys):
+    prompts, record = write_jsonl(tmp_path / "p.jsonl", MANY[:2]), tmp_path / "out.settings.json"
+    with record.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run_file(checkpoints["gpt2"], prompts, tmp_path / "out") == 2
+        assert "another process is writing" in capsys.readouterr().err
+        assert record.read_bytes() == b"" and not (tmp_path / "out.partial").exists()
+    assert run_file(checkpoints["gpt2"], prompts, tmp_path / "out") == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB; leave(pages) fills it up to so many pages of 4 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+
+    def leave(pages):
+        (place / "full").unlink(missing_ok=True)
+        (place / "full").write_bytes(b"x" * 4096 * (os.statvfs(place).f_bavail - pages))
+
+    yield place, leave
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_full_disk(tmp_path, checkpoints, capsys, small_disk):
+    """At whichever write the disk is full: one line, and with room again the same answers."""
+    (place, leave), rows, results = small_disk, [row | {"more": "x" * 500} for row in MANY], set()
+    prompts = write_jsonl(tmp_path / "p.jsonl", rows)
+    assert run_file(checkpoints["gpt2"], prompts, tmp_path / "unbroken", "--batch_size", 2) == 0
+    output = place / "out"
+    for pages in (0, 1, 2, 3, 4, 5, 6, 7, 15):
+        leave(pages)
+        capsys.readouterr()
+        code = run_file(checkpoints["gpt2"], prompts, output, "--batch_size", 2)
+        errors = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+        assert code in (0, 2) and len(errors) == (code == 2)
+        partial = place / "out.partial"
+        if code:
+            assert "No space left on device" in errors[0] and str(output) in errors[0]
+            results.add(partial.read_bytes().count(b"]\n") if partial.exists() else "no record")
+        leave(15 - pages)
+        leave(15)
+        assert run_file(checkpoints["gpt2"], prompts, output, "--batch_size", 2) == 0
+        assert output.read_bytes() == (tmp_path / "unbroken").read_bytes()
+        for path in place.glob("out*"):
+            path.unlink()
+    assert {"no record", 12} < results  # and between them
 
 
 # ---- Models ----
@@ -848,7 +1086,7 @@ BAD_FILES = {
     "number.jsonl": "row 1: prompt must hold text, found {'role': 'user', 'content': 3}",
     "null.jsonl": "row 2: prompt must hold text",
     "turns.jsonl": "row 1: messages must hold text, found {'role': 'user'}",
-    "instruction.jsonl": "row 1: sequence item 0: expected str instance, int found",
+    "instruction.jsonl": "sequence item 0: expected str instance, int found",
     "no_turn.jsonl": "row 1: the conversation has no turn",
     "mixed.jsonl": "row 2: another form (instruction) than the rows before (prompt)",
     "surrogate.jsonl": "surrogate.jsonl, row 1: ",
@@ -876,10 +1114,10 @@ BAD = [
     (GOOD + "--output_file x --prompt a", "one of --prompt and --prompt_file"),
     ("--model_name_or_path {gpt2} --chat", "python chat.py --model_name_or_path MODEL"),
     (ONE + "--chat true", "python chat.py --model_name_or_path MODEL"),
-    (ONE + "--chat_template dolly", "--chat_template ../chat_templates/dolly.jinja"),
-    (ONE + "--chat_template rinna", "--chat_template ../chat_templates/rinna.jinja"),
+    (ONE + "--chat_template dolly", "ours are ../chat_templates/*.jinja"),
+    (ONE + "--chat_template rinna", "ours are ../chat_templates/*.jinja"),
     (ONE + "--chat_template none.jinja", "none.jinja"),
-    (ONE + "--chat_template {tmp}/bad.jinja", "{gpt2}: Expected an expression"),
+    (ONE + "--chat_template {tmp}/bad.jinja", "Expected an expression"),
     (ONE + "--output_file x", "needs an --output_file"),
     (ONE + "--batch_size 0", "--batch_size must be 1 or more"),
     (ONE + "--max_new_tokens -1", "--max_new_tokens must be 1 or more"),

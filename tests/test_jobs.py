@@ -31,7 +31,7 @@ SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 # Answers what env.sh and the job files ask Python, and draws in earnest where there are $LOSSES.
 # Everything else it writes to $RECORD as JSON; it leaves $LOSSES in $WRITES, as a training would,
-# and ends with $STATUS.
+# prints $SAYS as an error, and ends with $STATUS.
 STUB = f"""#!/bin/bash
 case "$*" in
   *platform*) echo 3.12.9; exit ;;
@@ -39,6 +39,7 @@ case "$*" in
   ../jobs/run_ranks.py*) exec {sys.executable} "$@" ;;
   ../jobs/draw_loss.py*) [[ -n "${{LOSSES:-}}" ]] && exec {sys.executable} "$@"; exit ;;
 esac
+[[ -z "${{SAYS:-}}" ]] || echo "$SAYS" >&2
 if [[ -n "${{WRITES:-}}" ]]; then
   mkdir -p "$WRITES" && echo "$LOSSES" >"$WRITES/trainer_state.json"
 fi

@@ -1,0 +1,418 @@
+"""Cut anywhere and started again, a run ends as if it had not been stopped, or says why it cannot go on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, ROWS, load_script, write_jsonl
+from safetensors.torch import load_file
+
+SCRIPT = ROOT / "finetune_full" / "finetune_full.py"
+ONCE = "--max_steps 6 --save_steps 2 --logging_steps 1 --per_device_train_batch_size 2 --learning_rate 1e-3"
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    kept = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, kept)
+
+
+@pytest.fixture
+def words(checkpoints, tmp_path):
+    """Model and data of every run here; --output_dir comes from the test."""
+    data = write_jsonl(tmp_path / "t.jsonl", ROWS)
+    return ["--model_name_or_path", checkpoints["gpt2"], "--train_file", data]
+
+
+def start(script, *words):
+    """Run to the end; the status."""
+    try:
+        script.main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def stop_at(monkeypatch, script, step, ask):
+    """Let ask() be called when this step is done, before the run looks whether it is asked to stop."""
+    look = script.StopInTime.on_step_end
+
+    def ask_and_look(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            ask()
+        look(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(script.StopInTime, "on_step_end", ask_and_look)
+
+
+def same(one, other):
+    """Whether two runs ended alike: weights, random states, optimizer, losses of all steps."""
+    ours, theirs = (load_file(Path(out, "model.safetensors")) for out in (one, other))
+    if any(not torch.equal(ours[name], theirs[name]) for name in ours | theirs):
+        return False
+    histories = []
+    for out in (one, other):
+        state = json.loads(Path(out, "trainer_state.json").read_text())
+        entries = [e for e in state["log_history"] if "loss" in e or "eval_loss" in e]
+        keys = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens")
+        histories.append([{k: e[k] for k in keys if k in e} for e in entries])
+    return histories[0] == histories[1]
+
+
+def test_stopped_and_resumed_is_not_stopped(
+    script, checkpoints, words, tmp_path, monkeypatch, capsys
+):
+    """By SIGTERM, STOP and deadline in turn; with dropout, an evaluation every step, the best model, patience."""
+    model, out = tmp_path / "model", tmp_path / "cut"
+    shutil.copytree(words[1], model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.1, "embd_pdrop": 0.1}))
+    test = write_jsonl(tmp_path / "v.jsonl", ROWS[:2])
+    more = "--num_train_epochs 9 --save_steps 1 --logging_steps 1 --per_device_train_batch_size 2 --learning_rate 5e-2 --lr_scheduler_type constant"
+    words = [*words, "--model_name_or_path", model, "--validation_file", test, *more.split()]
+    words += ["--early_stopping_patience", 3, "--gradient_accumulation_steps", 2]
+    assert start(script, *words, "--output_dir", tmp_path / "whole") == 0
+    whole = json.loads((tmp_path / "whole" / "all_results.json").read_text())
+    assert 5 < whole["steps"] < 18, "early stopping must end it, in the middle of an epoch or not"
+    asks = {
+        1: lambda: os.kill(os.getpid(), signal.SIGTERM),
+        2: (out / "STOP").touch,  # at the end of an epoch
+        4: lambda: time.sleep(6),
+        whole["steps"] - 2: lambda: os.kill(os.getpid(), signal.SIGTERM),  # while it is patient
+        whole["steps"]: lambda: os.kill(os.getpid(), signal.SIGTERM),  # when its patience ends
+    }
+    for step, ask in asks.items():
+        with monkeypatch.context() as patch:
+            stop_at(patch, script, step, ask)
+            if step == 4:  # near enough after a slow step, not before
+                patch.setenv("DEADLINE", str(time.time() + 20))
+            capsys.readouterr()
+            assert start(script, *words, "--output_dir", out) == 75, step
+            error = capsys.readouterr().err
+        assert "stopped    " in error and "goes on" in error
+        assert not (out / "STOP").exists() and not (out / "lock").exists()
+        newest = script.find_checkpoints(out)[-1]
+        assert not script.what_lacks(newest)
+    assert start(script, *words, "--output_dir", out) == 0
+    assert same(tmp_path / "whole", out)
+    cut = json.loads((out / "all_results.json").read_text())
+    assert cut["steps"] == whole["steps"] and cut["eval_loss"] == whole["eval_loss"]
+    assert cut["train_loss"] == pytest.approx(whole["train_loss"], abs=1e-9)
+
+
+def test_epochs_are_counted_too(script, words, tmp_path, monkeypatch):
+    """A stop at the end of an epoch leaves that epoch's evaluation and save to it, not to nobody."""
+    test = write_jsonl(tmp_path / "v.jsonl", ROWS[:2])
+    words = [
+        *words,
+        *"--num_train_epochs 3 --logging_steps 1 --per_device_train_batch_size 2".split(),
+    ]
+    words += ["--validation_file", test, "--eval_strategy", "epoch", "--save_strategy", "epoch"]
+    words += ["--early_stopping_patience", "99", "--learning_rate", "1e-2"]
+    assert start(script, *words, "--output_dir", tmp_path / "whole") == 0
+    for step in (4, 5, 12):  # the last of an epoch, within one, the last of all
+        with monkeypatch.context() as patch:
+            stop_at(patch, script, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert start(script, *words, "--output_dir", tmp_path / "cut") == 75
+    assert start(script, *words, "--output_dir", tmp_path / "cut") == 0
+    assert same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_incomplete_and_damaged_checkpoints(script, words, tmp_path, monkeypatch, capsys):
+    words += ONCE.split()
+    assert start(script, *words, "--output_dir", tmp_path / "whole") == 0
+    damages = {
+        "cut off in its save": lambda path: (path / "run_id").write_text(
+            json.dumps({"run": json.loads((path / "run_id").read_text())["run"]})
+        ),
+        "a mark of NULs": lambda path: (path / "run_id").write_bytes(b"\0" * 40),
+        "a truncated file": lambda path: os.truncate(path / "optimizer.pt", 100),
+        "a missing file": lambda path: (path / "scheduler.pt").unlink(),
+        "the first file only": lambda path: [p.unlink() for p in path.glob("*") if p.name != "rng_state.pth"],
+        "nothing": lambda path: [p.unlink() for p in path.glob("*")],
+    }  # fmt: skip
+    for case, damage in damages.items():
+        out = tmp_path / case
+        with monkeypatch.context() as patch:
+            stop_at(patch, script, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert start(script, *words, "--output_dir", out) == 75
+        damage(out / "checkpoint-5")
+        capsys.readouterr()
+        status = start(script, *words, "--output_dir", out, "--save_total_limit", "1")
+        captured = capsys.readouterr()
+        if case == "the first file only":  # not ours to judge, since it has no mark
+            assert status == 2 and "checkpoint-5 would be overwritten" in captured.err
+            continue
+        assert status == 0, captured.err
+        assert f"resume     {out / 'checkpoint-4'}" in captured.out
+        assert ("set aside as checkpoint-5.incomplete" in captured.out) == (case != "nothing")
+        assert same(tmp_path / "whole", out)
+        left = sorted(path.name for path in out.glob("checkpoint*"))
+        assert left == [*["checkpoint-5"] * (case == "nothing"), "checkpoint-6"], case
+
+
+def test_a_save_that_fails(script, words, tmp_path, monkeypatch, capsys):
+    words += ONCE.split()
+    out, save = tmp_path / "cut", torch.save
+    assert start(script, *words, "--output_dir", tmp_path / "whole") == 0
+
+    def full(thing, file, *args, **kwargs):
+        if "checkpoint-4" in str(file) and "scheduler" in str(file):
+            raise OSError(28, "No space left on device")
+        save(thing, file, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        capsys.readouterr()
+        assert start(script, *words, "--output_dir", out) == 75
+        error = capsys.readouterr().err
+    assert "checkpoint-4 could not be written" in error and "No space left" in error
+    assert "Traceback" not in error
+    assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-2"]
+    assert start(script, *words, "--output_dir", out) == 0
+    assert same(tmp_path / "whole", out)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk(script, words, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        words += ONCE.split()
+        line = refused_plainly(
+            script, capsys, *words, "--save_steps", 1, "--output_dir", disk / "out"
+        )
+        assert "are free. Make room" in line
+        # Somebody else fills the disk in the meantime: it looked large enough at the start.
+        words += ["--save_total_limit", "1"]
+        (disk / "other").write_bytes(b"1" * (shutil.disk_usage(disk).free - 800_000))
+        kept, script.check_disk = script.check_disk, lambda trainer: None
+        status = start(script, *words, "--output_dir", disk / "out")
+        script.check_disk = kept
+        captured = capsys.readouterr()
+        assert status == 75 and "could not be written, the one before is whole" in captured.err
+        (left,) = (disk / "out").glob("checkpoint*")
+        assert not script.what_lacks(left)
+        subprocess.run([*mount[:1], "-o", "remount,size=20m", str(disk)], check=True)
+        assert start(script, *words, "--output_dir", disk / "out") == 0
+        assert f"resume     {left}" in capsys.readouterr().out
+        assert start(script, *words, "--output_dir", tmp_path / "whole") == 0
+        assert same(tmp_path / "whole", disk / "out")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def refused_plainly(script, capsys, *words):
+    capsys.readouterr()
+    assert start(script, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_two_runs_in_one_directory(script, words, tmp_path, capsys):
+    words += ["--max_steps", "2", "--output_dir", tmp_path / "out"]
+    (tmp_path / "out").mkdir()
+    lock, here = tmp_path / "out" / "lock", os.uname().nodename
+    sleeper = subprocess.Popen(["sleep", "60"])
+    lock.write_text(f"{here} {sleeper.pid} ")
+    assert f"process {sleeper.pid} on {here} is writing" in refused_plainly(script, capsys, *words)
+    sleeper.kill()
+    sleeper.wait()
+    lock.write_text(f"hnode999 {os.getpid()} 12.pbs1")
+    assert "on hnode999 is writing" in refused_plainly(script, capsys, *words)
+    assert lock.read_text().startswith("hnode999")
+    os.utime(lock, (time.time() - 121,) * 2)  # nobody touches it any more
+    assert start(script, *words) == 0
+    assert not lock.exists()
+    (tmp_path / "out" / "all_results.json").unlink()
+    lock.write_text(f"{here} {sleeper.pid} ")  # killed on this machine: no need to wait
+    assert start(script, *words) == 0
+    assert not lock.exists()
+    (tmp_path / "out" / "all_results.json").unlink()
+    lock.write_text("")  # of a crash
+    assert "is writing" in refused_plainly(script, capsys, *words)
+
+
+def test_a_lock_is_kept_young(script, tmp_path):
+    script.take_lock(tmp_path)
+    assert [thread for thread in threading.enumerate() if thread._target is script.keep_young]
+    os.utime(tmp_path / "lock", (0, 0))
+    threading.Thread(target=script.keep_young, args=[tmp_path / "lock"], daemon=True).start()
+    end = time.time() + 20
+    while (tmp_path / "lock").stat().st_mtime < end - 60:
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+def test_only_the_same_run_goes_on(script, words, tmp_path, monkeypatch, capsys):
+    """Arguments that change no weight may change between two jobs; whatever else does is refused."""
+    out, test = tmp_path / "out", write_jsonl(tmp_path / "v.jsonl", ROWS[:2])
+    words += [*ONCE.split(), "--output_dir", out]
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(script, *words) == 75
+    for more in (["--learning_rate", "1e-4"], ["--per_device_train_batch_size", "1"], ["--warmup_steps", "1"],
+                 ["--early_stopping_patience", "2", "--validation_file", test]):  # fmt: skip
+        assert more[0] in refused_plainly(script, capsys, *words, *more)
+    checkpoint = out / "checkpoint-3"
+    kept = {path: path.read_bytes() for path in checkpoint.glob("*")}
+    mark = json.loads((checkpoint / "run_id").read_text())
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (checkpoint / name).unlink()
+        files = {n: size for n, size in mark["files"].items() if n != name}
+        (checkpoint / "run_id").write_text(json.dumps(mark | {"files": files}))
+        line = refused_plainly(script, capsys, *words)
+        assert "cannot be continued exactly" in line
+        assert (name if name != "rng_state.pth" else "written by 0 processes") in line
+        for path, content in kept.items():
+            path.write_bytes(content)
+    free = "--logging_steps 2 --save_steps 3 --save_total_limit 1 --eval_strategy steps --eval_steps 2 --ddp_timeout 99"
+    free = [
+        *free.split(),
+        "--dataloader_num_workers",
+        "1",
+        "--validation_file",
+        test,
+        "--report_to",
+        "none",
+    ]
+    assert start(script, *words, *free) == 0
+    assert start(script, *words, "--output_dir", tmp_path / "whole") == 0
+    ours, theirs = (load_file(path / "model.safetensors") for path in (out, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_named_by_hand(script, words, tmp_path, capsys):
+    out = tmp_path / "out"
+    words += [*ONCE.split(), "--lr_scheduler_type", "constant"]
+    assert start(script, *words, "--output_dir", out) == 0
+    capsys.readouterr()
+    for step, steps in ((6, 6), (4, 6)):  # finished: not a step more
+        named = ["--resume_from_checkpoint", out / f"checkpoint-{step}"]
+        assert start(script, *words, *named, "--output_dir", tmp_path / f"to{step}") == 0
+        assert same(out, tmp_path / f"to{step}")
+        assert "not exact" not in capsys.readouterr().out
+        results = json.loads((tmp_path / f"to{step}" / "all_results.json").read_text())
+        assert results["steps"] == steps
+    more = [*words, "--resume_from_checkpoint", out / "checkpoint-4", "--learning_rate", "1e-4"]
+    assert start(script, *more, "--output_dir", tmp_path / "other") == 0
+    assert "not exact  --learning_rate 0.001, now 0.0001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["soon", "25:00", "12:60", "10:00:00", "1h"])
+def test_bad_deadlines(value, script, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DEADLINE", value)
+    line = refused_plainly(script, capsys, *words, "--output_dir", tmp_path / "out")
+    assert f"DEADLINE={value}" in line
+
+
+def test_deadlines(script, monkeypatch):
+    now = time.localtime()
+    for text, expected in (("", float("inf")), ("1795642947", 1795642947), ("1e9", 1e9)):
+        monkeypatch.setenv("DEADLINE", text)
+        assert script.read_deadline() == expected
+    for minutes in (-1, 1, 600):  # a minute ago means tomorrow
+        moment = time.localtime(time.mktime(now) + 60 * minutes)
+        monkeypatch.setenv("DEADLINE", time.strftime("%H:%M", moment))
+        seconds = script.read_deadline() - time.time()
+        assert 0 < seconds <= 24 * 3600 + 3600
+        assert (
+            time.strftime("%H:%M", time.localtime(script.read_deadline())) == os.environ["DEADLINE"]
+        )
+
+
+def test_the_room_needed(script, words, tmp_path, monkeypatch, capsys):
+    """Refused at the start: 37,120 parameters of 12 bytes, six saves and the result."""
+    words += [*ONCE.split(), "--save_steps", "1", "--output_dir", tmp_path / "out"]
+    one = 37_120 * 12
+    usage = type("usage", (), {"free": 7 * one})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    line = refused_plainly(script, capsys, *words)
+    assert "7 checkpoints take" in line and "--save_total_limit 1" in line
+    usage.free = 3 * one + 1  # one kept, one being written, the result
+    assert start(script, *words, "--save_total_limit", "1") == 0
+
+
+def run(command, out, ask_at=None, ask=None, **more):
+    """Run a command; call ask(process) when the step's line is there. Returns (status, output)."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29655"} | more
+    process = subprocess.Popen([str(word) for word in command], env=env, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if ask_at and line.startswith(f"step {ask_at}/"):
+            ask(process)
+            ask_at = None
+    return process.wait(), "".join(lines)
+
+
+def test_the_queue_signals_every_process(script, words, tmp_path):
+    """As PBS does: the workers that read the data too. They must live until the checkpoint is written."""
+    out = tmp_path / "cut"
+    words += [
+        *ONCE.split(),
+        "--num_train_epochs",
+        "90",
+        "--max_steps",
+        "150",
+        "--save_steps",
+        "100",
+    ]
+    words += ["--dataloader_num_workers", "2", "--output_dir", out]
+    everybody = lambda process: os.killpg(process.pid, signal.SIGTERM)  # noqa: E731
+    status, text = run([sys.executable, SCRIPT, *words], out, 10, everybody)
+    assert status == 75, text
+    assert "stopped    by SIGTERM" in text and "Traceback" not in text
+    assert start(script, *words) == 0
+    assert start(script, *words, "--output_dir", tmp_path / "whole") == 0
+    assert same(tmp_path / "whole", out)
+
+
+def test_one_rank_is_asked_all_stop(words, tmp_path):
+    """SIGTERM to the second of two ranks; the job's status is 75, and no report says that it failed."""
+    words += [*ONCE.split(), "--max_steps", "300", "--save_steps", "200"]
+    runs = [sys.executable, ROOT / "jobs" / "run_ranks.py"]
+    launch = [
+        *runs,
+        Path(sys.executable).parent / "torchrun",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        SCRIPT,
+        *words,
+    ]
+
+    def ask(process):
+        children = subprocess.run(
+            ["pgrep", "-f", str(tmp_path / "cut")], capture_output=True, text=True
+        ).stdout
+        ranks = {}
+        for pid in map(int, children.split()):
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks.update({word: pid for word in environment if word.startswith(b"RANK=")})
+        os.kill(ranks[b"RANK=1"], signal.SIGTERM)
+
+    status, text = run([*launch, "--output_dir", tmp_path / "cut"], tmp_path / "cut", 10, ask)
+    assert status == 75, text
+    assert "stopped    " in text and "Traceback" not in text and "failed" not in text
+    status, text = run([*launch, "--output_dir", tmp_path / "cut"], tmp_path / "cut")
+    assert status == 0 and "resume     " + str(tmp_path / "cut" / "checkpoint-") in text, text
