@@ -37,6 +37,7 @@ import torch
 import transformers
 import yaml
 from datasets import Dataset, Features, List, Value
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError
@@ -222,13 +223,15 @@ def load_data(script, training, tokenizer, max_length, files):
             data = data.select_columns([*empty])
             empty = Dataset.from_dict(empty, data.features)
             sets[name] = datasets.concatenate_datasets([data, empty])
+    has_rows = "validation" in sets or not training.do_eval
+    check(has_rows, f"{script.dataset_name} has no rows called validation to evaluate.")
     return {"train_dataset": sets["train"], "eval_dataset": sets.get("validation")}
 
 
 def collate(examples):
     """Right-padded batch without attention mask: causal attention never looks right."""
-    if torch.utils.data.get_worker_info():  # the queue's SIGTERM comes to workers too
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if torch.utils.data.get_worker_info():  # a queue's SIGTERM comes here too: stay for 30 s
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     pad = torch.nn.utils.rnn.pad_sequence
     ids = [torch.tensor(example["input_ids"]) for example in examples]
     next_ids = [torch.tensor([*example["labels"][1:], -100]) for example in examples]
@@ -386,7 +389,6 @@ def main(argv=None):
         script, training, given = parse(argv)
         check_arguments(script, training)
         check_method(script, training)
-        take_lock(training.output_dir)
         deadline = read_deadline()
         with training.main_process_first(local=False):
             resume, run = find_run(script, training, given)
@@ -403,8 +405,8 @@ def main(argv=None):
     trainer.add_callback(StopInTime(trainer, deadline))
     try:
         trainer.train(resume_from_checkpoint=resume)
-    except UnpicklingError as error:
-        fail(f"{resume}: {error}")
+    except UnpicklingError:
+        fail(f"{resume} holds a file that is more than data. Nothing of it was run.")
     except torch.OutOfMemoryError:
         fail(OUT_OF_MEMORY, every_rank=True)
     save_results(trainer, run)
@@ -559,18 +561,20 @@ GONE = {"--packing": "leave it out, it was never faster", "--packing_length": "l
 PACKAGES = "torch transformers tokenizers datasets accelerate peft deepspeed bitsandbytes".split()
 # Trainer's options that would do nothing here, or harm in silence, by their beginnings; what to do.
 REFUSED = {
-    "accelerator_ auto_find bf16_full debug disable_tqdm do_train fp16_full": "leave it out",
-    "dataloader_multi do_predict label_ optim_ skip_memory use_cache use_liger": "leave it out",
+    "accelerator_ auto_find bf16_full debug disable_ do_train do_predict": "leave it out",
+    "fp16_full label_ optim_ skip_memory use_cache use_liger": "leave it out",
+    "dataloader_multi dataloader_persist": "workers must end with the script, come what may",
     "batch_eval eval_acc eval_do eval_use include_for": "an evaluation gives the loss alone",
     "average dataloader_drop dataloader_in_ ignore_data length_": "each token counts, once",
     "enable_jit save_on_each save_only": "a checkpoint must be whole, and in one place",
     "fsdp": "take --deepspeed ../deepspeed_configs/zero3.json",
-    "greater load_best metric_for": "--early_stopping_patience 99 ends with the lowest loss",
+    "greater metric_for": "leave it out: the best model is the one of the lowest loss",
     "hub_ push_to_hub": "upload the result afterwards: hf upload NAME OUTPUT_DIR",
 }
 KNOWN = (OSError, ValueError, RuntimeError, TemplateError, yaml.YAMLError, SafetensorError)
-KNOWN += (UnpicklingError,)
-# Arguments that change no weight, by their beginnings; some of them only without a best model.
+KNOWN += (UnpicklingError, StrictDataclassError)
+# Arguments that change no weight, by their beginnings; some only where no evaluation matters.
+LED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 FREE = ("output_dir", "resume_from", "ddp_timeout", "log", "report_to", "run_name", "dataloader_")
 FREE_WITHOUT_BEST = ("eval_", "save_", "per_device_eval", "validation")
 
@@ -608,13 +612,15 @@ def read_deadline():
     """$DEADLINE as seconds since the epoch; given as HH:MM it is the next such time."""
     text, now = os.environ.get("DEADLINE") or "inf", time.localtime()
     try:
-        if ":" not in text:
-            return float(text)
-        hour, minute = time.strptime(text, "%H:%M")[3:5]
-        is_over = (hour, minute) <= (now.tm_hour, now.tm_min)
-        return time.mktime((*now[:2], now.tm_mday + is_over, hour, minute, 0, 0, 0, -1))
+        if ":" in text:
+            hour, minute = time.strptime(text, "%H:%M")[3:5]
+            is_over = (hour, minute) <= (now.tm_hour, now.tm_min)
+            return time.mktime((*now[:2], now.tm_mday + is_over, hour, minute, 0, 0, 0, -1))
+        seconds = float(text)
     except ValueError:
-        fail(f"DEADLINE={text} is neither HH:MM nor seconds since the epoch.")
+        seconds = math.nan
+    check(seconds >= 0, f"DEADLINE={text} is neither HH:MM nor seconds since the epoch.")
+    return seconds
 
 
 def parse(argv):
@@ -693,16 +699,29 @@ def check_arguments(script, training):
     try:  # what Trainer would find only after loading
         Trainer.get_optimizer_cls_and_kwargs(training)
         if not training.deepspeed:  # which allows no second Trainer
-            trial = Trainer(torch.nn.Linear(1, 1), training, None, [{"input_ids": [0]}], [])
+            trial = Trainer(torch.nn.Linear(1, 1), training, eval_dataset=[])
             trial.accelerator.prepare_model(trial.model, evaluation_mode=True)  # compiles, if asked
-            trial.create_optimizer_and_scheduler(len(trial.get_train_dataloader()))
+            trial.create_optimizer_and_scheduler(9)
     except Exception as error:
         fail(f"--optim {training.optim.value}, --lr_scheduler_type or another argument: {error}")
+    if training.deepspeed:
+        prepare_deepspeed(training)
+
+
+def prepare_deepspeed(training):
+    """Read its checkpoints without running code from them; let ZeRO-3 compare and save tensors."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    torch.serialization.add_safe_globals(known)
     if is_deepspeed_zero3_enabled():
         option = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
         gathers = training.hf_deepspeed_config.get_value(option)
         check(gathers, f"ZeRO-3 would save no model. Set {option} in {training.deepspeed}.")
-        from deepspeed.runtime.zero import GatheredParameters
 
         def equal(one, other):  # transformers compares emptied tensors, and ties heads that differ
             with GatheredParameters([one, other]):
@@ -819,7 +838,8 @@ def what_changed(directory, training, given, data):
     record = Path(directory, "run_args.yaml")
     before = yaml.safe_load(record.read_text("utf-8")) if record.is_file() else {}
     run = {"data": data, **before.pop("run", {})}
-    free = FREE if training.load_best_model_at_end else FREE + FREE_WITHOUT_BEST
+    needs = training.load_best_model_at_end or training.lr_scheduler_type in LED_BY_EVALUATION
+    free = FREE if needs else FREE + FREE_WITHOUT_BEST
     names = sorted(name for name in {*before, *given} if not name.startswith(free))
     pairs = [(name, before.get(name), given.get(name)) for name in names]
     changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]

@@ -70,6 +70,7 @@ def own_falcon():
     kept = modeling_falcon.FalconLinear
     yield
     modeling_falcon.FalconLinear = kept
+    os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)  # of a training with DeepSpeed
 
 
 def make_tokenizer(bos=False):

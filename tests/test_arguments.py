@@ -28,19 +28,19 @@ KINDS = {
         torch_compile_backend torch_compile_mode neftune_noise_alpha torch_empty_cache_steps logging_strategy
         logging_steps logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen
         log_level log_level_replica eval_strategy eval_steps eval_delay per_device_eval_batch_size
-        prediction_loss_only eval_on_start save_strategy save_steps save_total_limit
+        prediction_loss_only eval_on_start save_strategy save_steps save_total_limit load_best_model_at_end
         restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu dataloader_num_workers
-        dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor train_sampling_strategy
+        dataloader_pin_memory dataloader_prefetch_factor train_sampling_strategy
         ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
         deepspeed do_eval resume_from_checkpoint local_rank""",
     "ours": "remove_unused_columns disable_tqdm do_train use_cache",
     "reports": "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id",
     "refused": """accelerator_config auto_find_batch_size average_tokens_across_devices batch_eval_metrics
-        bf16_full_eval dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context debug do_predict
+        bf16_full_eval dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_persistent_workers debug do_predict
         enable_jit_checkpoint eval_accumulation_steps eval_do_concat_batches eval_use_gather_object fp16_full_eval
         fsdp fsdp_config greater_is_better hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy
         hub_token ignore_data_skip include_for_metrics label_names label_smoothing_factor length_column_name
-        liger_kernel_config load_best_model_at_end metric_for_best_model optim_args optim_target_modules
+        liger_kernel_config metric_for_best_model optim_args optim_target_modules
         parallelism_config push_to_hub save_on_each_node save_only_model skip_memory_metrics use_liger_kernel""",
 }
 KINDS = {name: kind for kind, names in KINDS.items() for name in names.split()}
@@ -59,7 +59,6 @@ REFUSED = {
 }
 # A best model needs evaluations where it is saved, or Trainer itself would be the first to complain.
 BEST = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "3", "--validation_file", "VALID"]  # fmt: skip
-REFUSED["load_best_model_at_end field"][0].extend(BEST)
 VALUES = {
     "num_train_epochs": "0 -1 inf nan", "max_steps": "0 -5", "learning_rate": "-1 nan inf", "seed": "-1 4294967296",
     "data_seed": "-1", "weight_decay": "-0.1 nan", "max_grad_norm": "-1", "neftune_noise_alpha": "-5",
@@ -84,7 +83,6 @@ REFUSED |= {
     "other package": (["--optim", "galore_adamw"], "--optim galore_adamw, .* install `galore_torch`"),
     "schedule without its number": (["--lr_scheduler_type", "warmup_stable_decay"], "--lr_scheduler.*num_decay_steps"),
     "schedule with another's": (["--lr_scheduler_kwargs", '{"min_lr": 1}'], "--lr_scheduler.*'min_lr'"),
-    "no workers to keep": (["--dataloader_persistent_workers", "true"], "another argument: persistent_workers"),
     "compiler": (["--torch_compile_mode", "fast"], "Unrecognized mode=fast"),
     "reports": (["--report_to", "wandb"], "pip install wandb"),
     "choice": (["--optim", "adam"], "argument --optim: invalid choice: 'adam'"),
@@ -142,7 +140,8 @@ def test_refused(case, base, train_file, tmp_path, capsys, monkeypatch):
 HARMLESS = [
     "--do_train true --do_eval true --validation_file VALID --per_device_eval_batch_size 3 --prediction_loss_only true "
     "--eval_strategy steps --eval_steps 1 --eval_delay 2 --eval_on_start true",
-    "--dataloader_num_workers 2 --dataloader_persistent_workers true --dataloader_prefetch_factor 1",
+    "--load_best_model_at_end true --eval_strategy steps --eval_steps 1 --save_steps 1 --validation_file VALID",
+    "--dataloader_num_workers 2 --dataloader_prefetch_factor 1",
     "--dataloader_pin_memory false --torch_empty_cache_steps 1 --tf32 false --use_cpu true --local_rank 0",
     "--ddp_bucket_cap_mb 1 --ddp_broadcast_buffers true --ddp_static_graph true --ddp_timeout 60 "
     "--ddp_find_unused_parameters true",

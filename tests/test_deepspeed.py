@@ -7,6 +7,7 @@ with a history.
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import matrix
@@ -72,6 +73,8 @@ def runs(tmp_path_factory):
         words += [whole, resumed] if name in RESUMED else [whole]
         places = slice(first, len(words))
         cases[name] = SimpleNamespace(out=out, folder=folder, places=places)
+    _, (whole, resumed) = matrix.together(folder, "zero2", FULL, "llama", [], STEPS)
+    words += [whole, [ROOT / "tests" / "malicious_inside.py", *resumed[1:]]]
     _, ((_, *inside), _) = matrix.together(folder, "zero3", FULL, "llama", [], 2)
     words.append([ROOT / "tests" / "model_inside.py", *inside])  # the last, since it never ends
     errors = matrix.launch(words, folder / "launch")
@@ -79,6 +82,7 @@ def runs(tmp_path_factory):
         case.errors = errors[case.places]
     log = (folder / "launch" / "log.txt").read_text()
     cases["inside"] = SimpleNamespace(error=errors[-1], log=log)
+    cases["malicious"] = SimpleNamespace(error=errors[-2], checkpoint=Path(resumed[-1]))
     return cases
 
 
@@ -89,6 +93,14 @@ def test_learns_what_one_process_learns_and_saves_it(name, runs):
     reference = None if more is STOP else matrix.alone(case.folder, script, kind, more, STEPS)
     tolerance = 1e-4 if name.startswith("rows") else 1e-3  # few rows change the loss little
     assert matrix.check(case.errors, case.out, reference, tolerance) == "ok"
+
+
+def test_a_malicious_checkpoint_is_refused(runs):
+    """torch.load of DeepSpeed's files would run what is pickled in them."""
+    case = runs["malicious"]
+    assert "holds a file that is more than data" in case.error
+    assert list(case.checkpoint.glob("global_step*/*optim_states.pt"))
+    assert not (case.checkpoint / "acted").exists()
 
 
 def saved(directory):

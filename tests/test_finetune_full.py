@@ -395,7 +395,9 @@ def test_a_finished_or_other_run_is_not_touched(script, checkpoints, tmp_path, c
     write_jsonl(tmp_path / "t.jsonl", ROWS)
     (out / "checkpoint-2" / "rng_state.pth").rename(out / "checkpoint-2" / "rng_state_0.pth")
     (out / "checkpoint-2" / "rng_state_1.pth").touch()
-    assert "was written by 2 processes" in refused(script, capsys, arguments)
+    mark = json.loads((out / "checkpoint-2" / "run_id").read_text())
+    (out / "checkpoint-2" / "run_id").write_text(json.dumps(mark | {"files": {}}))
+    assert "written by 2 processes" in refused(script, capsys, arguments)
     # a checkpoint named by the user may go on with other arguments; `false` starts anew, but not over a result
     more = [
         "--resume_from_checkpoint",

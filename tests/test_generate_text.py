@@ -744,7 +744,10 @@ NUL = b"\0" * 300
         (lambda lines: [*lines[:-1], lines[-1][:7]], 4),  # cut off
         (lambda lines: [*lines[:2], NUL, *lines[2:]], 5),  # in between
         (lambda lines: [*lines[:2], b"\0" * len(lines[2]), *lines[3:]], 2),
-        (lambda lines: [lines[0], lines[0], lines[2], *lines[1:], *lines[1:]], 5),  # of two processes
+        (
+            lambda lines: [lines[0], lines[0], lines[2], *lines[1:], *lines[1:]],
+            5,
+        ),  # of two processes
         (lambda lines: [NUL], 0),
         (lambda lines: [b'[{"generated_text": "x"}]\n[1, 2]\n3\nnull\n{"0": [], "1": 2}\n'], 0),
     ],

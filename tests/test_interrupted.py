@@ -122,7 +122,7 @@ def test_epochs_are_counted_too(script, words, tmp_path, monkeypatch):
         *"--num_train_epochs 3 --logging_steps 1 --per_device_train_batch_size 2".split(),
     ]
     words += ["--validation_file", test, "--eval_strategy", "epoch", "--save_strategy", "epoch"]
-    words += ["--early_stopping_patience", "99", "--learning_rate", "1e-2"]
+    words += ["--load_best_model_at_end", "true", "--learning_rate", "1e-2"]
     assert start(script, *words, "--output_dir", tmp_path / "whole") == 0
     for step in (4, 5, 12):  # the last of an epoch, within one, the last of all
         with monkeypatch.context() as patch:
@@ -317,7 +317,7 @@ def test_a_checkpoint_named_by_hand(script, words, tmp_path, capsys):
     assert "not exact  --learning_rate 0.001, now 0.0001" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("value", ["soon", "25:00", "12:60", "10:00:00", "1h"])
+@pytest.mark.parametrize("value", ["soon", "25:00", "12:60", "10:00:00", "1h", "nan", "-1"])
 def test_bad_deadlines(value, script, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DEADLINE", value)
     line = refused_plainly(script, capsys, *words, "--output_dir", tmp_path / "out")
@@ -326,7 +326,7 @@ def test_bad_deadlines(value, script, words, tmp_path, monkeypatch, capsys):
 
 def test_deadlines(script, monkeypatch):
     now = time.localtime()
-    for text, expected in (("", float("inf")), ("1795642947", 1795642947), ("1e9", 1e9)):
+    for text, expected in (("", float("inf")), ("1795642947", 1795642947)):
         monkeypatch.setenv("DEADLINE", text)
         assert script.read_deadline() == expected
     for minutes in (-1, 1, 600):  # a minute ago means tomorrow
