@@ -496,7 +496,8 @@ class FineTuner(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                remove(path)
             leave(f"{path} could not be written, the one before is whole: {error}", alone=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:  # the mark is completed last, when all files are on the disk
@@ -511,7 +512,7 @@ class FineTuner(Trainer):
             ]
             for path in aside + (ours[: -self.keep] if self.keep else []):
                 if path != Path(self.state.best_model_checkpoint or ""):
-                    shutil.rmtree(path)
+                    remove(path)
 
 
 class StopInTime(transformers.TrainerCallback):
@@ -788,6 +789,13 @@ def find_checkpoints(output_dir, run_id=None):
         return found
     found = [path for path in found if not path.is_symlink()]
     return [path for path in found if read_mark(path).get("run") == run_id]
+
+
+def remove(path):
+    """Remove a checkpoint, its mark last: what a kill leaves of it is still known as this run's."""
+    for file in sorted(path.iterdir(), key=lambda file: file.name == "run_id"):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    path.rmdir()
 
 
 def read_mark(path):

@@ -77,6 +77,8 @@ def prepare(work):
     """A frozen copy of what is run (a run goes on with the same script only), model and data."""
     for name in ("finetune_full", "jobs", "deepspeed_configs"):
         shutil.copytree(ROOT / name, work / "tree" / name)
+    for name in ("soak.py", "conftest.py"):
+        shutil.copy(ROOT / "tests" / name, work / "tree")
     make_checkpoint(work / "model", "dropout")
     rows = [{**row, "prompt": f"{i}番 {row['prompt']}"} for i in range(6) for row in ROWS]
     write_jsonl(work / "train.jsonl", rows)
@@ -91,7 +93,7 @@ def command(work, kind, out):
     words = f"{BASE} {text}".replace("ZERO2", "--deepspeed ZERO2").split()
     words = [str(work / places[word]) if word in places else word for word in words]
     words = [str(work / "tree/finetune_full/finetune_full.py"), *words, "--output_dir", str(out)]
-    words = [__file__, "--launch", *words] if "ZERO2" in text else words
+    words = [str(work / "tree/soak.py"), "--launch", *words] if "ZERO2" in text else words
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
     if launcher in ("ranks", "torchrun"):
         words = [*torchrun, "--nproc_per_node", "2", *words]
@@ -153,7 +155,7 @@ def fork_for_popen():
             words = [word for word in words[1:] if word != "-u"]
         elif not words[0].endswith("torchrun"):
             return usual(self, args, *more)
-        (_, _, _, _, _, env, *_), pipes = more[:8], more[8:14]
+        (_, _, _, _, _, env, *_), pipes = more[:9], more[9:15]
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
@@ -328,7 +330,7 @@ def wait_for_moment(attempt, place, unbroken, chance):
         passed = chance.randrange(max(1, min(5, (unbroken["steps"] - done) // 3)))
         if not attempt.wait_for(lambda: attempt.is_saving() and len(attempt.saves) >= passed):
             return False
-        seconds = 0.8 * unbroken["save"]
+        seconds = 1.1 * unbroken["save"]  # and the removal of older ones
     elif place == "start":
         seconds = unbroken["startup"]
     else:

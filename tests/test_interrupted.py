@@ -187,6 +187,33 @@ def test_a_save_that_fails(script, words, tmp_path, monkeypatch, capsys):
     assert same(tmp_path / "whole", out)
 
 
+def test_a_kill_while_an_old_one_is_removed(script, words, tmp_path, monkeypatch, capsys):
+    words += [*ONCE.split(), "--save_total_limit", "1", "--output_dir", tmp_path / "out"]
+
+    class Killed(BaseException):
+        pass
+
+    for after in (0, 3, 7):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        unlink, removed = Path.unlink, []
+
+        def die(path, *args, **kwargs):
+            if "checkpoint-2" in str(path):
+                if len(removed) == after:  # noqa: B023
+                    raise Killed
+                removed.append(path)  # noqa: B023
+            unlink(path, *args, **kwargs)  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", die)
+            with pytest.raises(Killed):
+                start(script, *words)
+        assert len(removed) == after
+        assert start(script, *words) == 0
+        left = sorted(path.name for path in (tmp_path / "out").glob("checkpoint*"))
+        assert left == ["checkpoint-6"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk(script, words, tmp_path, capsys):
     disk = tmp_path / "disk"
