@@ -844,9 +844,7 @@ def what_changed(directory, training, given, data):
     names = sorted(name for name in {*before, *given} if not name.startswith(free))
     pairs = [(name, before.get(name), given.get(name)) for name in names]
     changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
-    old, new = (
-        [f for f in files if not f["use"].startswith(free)] for files in (run["data"], data)
-    )
+    old, new = ([f for f in d if not f["use"].startswith(free)] for d in (run["data"], data))
     if old != new:
         changed.append("other data, chat template or another script")
     return run.get("id"), changed

@@ -53,7 +53,8 @@ echo "node       $(hostname), $((NODE_RANK + 1)) of $NODES: $NPROC_PER_NODE proc
   "first node $MASTER_ADDR:$MASTER_PORT, InfiniBand ${NCCL_IB_HCA:-as NCCL finds it}"
 torchrun --nnodes "$NODES" --nproc_per_node "$NPROC_PER_NODE" --max_restarts 0 --local_addr "$ADDRESS" \
   --rdzv_backend c10d --rdzv_id "${PBS_JOBID:-$MASTER_PORT}" --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" \
-  --rdzv_conf "is_host=$IS_HOST,join_timeout=$START_TIMEOUT,read_timeout=$START_TIMEOUT" "$@"
+  --rdzv_conf "is_host=$IS_HOST,join_timeout=$START_TIMEOUT,read_timeout=$START_TIMEOUT" \
+  --no-python setpriv --pdeathsig KILL python "$@" # a rank ends with its torchrun, even one that waits for the dead
 status=$?
 ((status == 0)) || echo "node       $(hostname): torchrun ended with status $status" >&2
 exit "$status"

@@ -359,6 +359,9 @@ def test_multinode_job(machine, lesson):
         "CACHE_ROOT",
         "HF_HOME",
         "PBS_JOBID",
+        "DEADLINE",
+        "DEADLINE_OF",
+        "RUN_RANKS",
         "NCCL_DEBUG",
     }
     assert wanted <= passed

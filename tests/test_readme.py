@@ -561,7 +561,12 @@ def test_named_options_exist(name):
     scripts = [path for lesson in LESSONS for path in (ROOT / lesson).glob("*.py")]
     scripts = [path for path in scripts if "argparse" in path.read_text(encoding="utf-8")]
     known = set().union(*map(options, [*scripts, ROOT / "tests" / "check_copies.py"]))
-    known |= {"--nproc_per_node", "--standalone", "--help"}  # torchrun's; argparse's
+    known |= {
+        "--nproc_per_node",
+        "--standalone",
+        "--help",
+        "--nv",
+    }  # torchrun, argparse, singularity
     for line, code in inline_code(name):
         unknown = set(re.findall(r"(?<![\w-])--[a-z]\w*", code)) - known
         assert not unknown, f"{name} line {line}: {unknown}"
