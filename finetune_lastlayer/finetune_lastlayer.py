@@ -596,7 +596,7 @@ def leave(text, alone=False):
     """End an unfinished run with status 75; under run_ranks.py with 0, which gives the job 75."""
     if alone or os.environ.get("RANK", "0") == "0":
         text = f"{' '.join(text.split())[:600]}. The same command or job goes on from there."
-        print(f"stopped    {text}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"stopped    {text}\n")  # in one piece, for run_ranks.py
     if torch.distributed.is_initialized() and not alone:
         torch.distributed.destroy_process_group()  # or a rank may end by SIGABRT
     raise SystemExit(0 if "RUN_RANKS" in os.environ and not alone else 75)
