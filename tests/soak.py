@@ -370,7 +370,7 @@ def judge(attempt, how, begun, is_done):
     noise, faults = re.search(f".*({NOISE}).*", text), []
     if how is None or is_finished:
         if any(statuses) and not is_done and not (attempt.launcher == "torchrun" and how):
-            faults.append(f"finished, but with status {statuses}")
+            faults.append(f"{'finished' if is_finished else 'failed'}, with status {statuses}")
         if noise and how is None:
             faults.append(f"noise: {noise[0][:150]}")
         return faults
@@ -439,7 +439,8 @@ def run_unbroken(work, folder, kind):
     result, attempt = run_to_the_end(work, folder, kind, [], None, None, False)
     if not result["faults"]:
         result["startup"] = attempt.first_step - attempt.began
-        result["training"] = time.time() - attempt.first_step
+        end = (attempt.out / "all_results.json").stat().st_mtime
+        result["training"] = end - attempt.first_step
         result["save"] = sum(attempt.saves) / len(attempt.saves)
         result["steps"] = read_json(attempt.out / "all_results.json")["steps"]
     return result
@@ -447,11 +448,13 @@ def run_unbroken(work, folder, kind):
 
 def run_interrupted(work, folder, kind, plan, unbroken, seed, is_cold):
     chance = random.Random(seed)
-    for _ in range(4):  # again where it was finished before the signal came
+    for _ in range(6):  # again where it was finished before the signal came
         shutil.rmtree(folder, ignore_errors=True)
         result, attempt = run_to_the_end(work, folder, kind, plan, unbroken, chance, is_cold)
         if result["strikes"] or result["faults"]:
             break
+    else:
+        result["faults"].append(f"{folder}: never interrupted, it was always faster")
     if (attempt.out / "all_results.json").is_file():
         whole = work / "whole" / re.sub("\\W+", "-", kind) / "out"
         result["differences"] = differences(attempt.out, whole)
