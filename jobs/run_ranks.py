@@ -69,6 +69,10 @@ def describe(lines, status):
         what += " (by hand, or for memory: see the host's limit)" if code == -signal.SIGKILL else ""
     else:
         what = error_line(lines, rank) or f"exit status {code}"
+        # A broken connection is never the first cause: a launcher that was killed reports nothing.
+        killed = [line for line in lines if re.match("node .* ended with status 137", line)]
+        if killed and re.search("[Cc]onnection (reset|closed)", what):
+            return f"{killed[0].removeprefix('node').strip()}: {what}"
     return f"{host}, rank {rank}: {what}"
 
 

@@ -281,6 +281,20 @@ def test_describe(reports, lines, wanted):
     assert run_ranks.describe(text, 1).startswith(wanted)
 
 
+def test_a_killed_launcher_comes_before_the_connections_it_broke():
+    report = REPORT.format(second=1, host="hnode001", rank=0, code=1)
+    broken = (
+        "[rank0]: RuntimeError: [pair.cc:537] Read error [10.0.0.2]:1: Connection reset by peer"
+    )
+    killed = "node       hnode002: torchrun ended with status 137"
+    lines = [broken, *report.splitlines(), killed]
+    assert run_ranks.describe(lines, 1).startswith(
+        "hnode002: torchrun ended with status 137: RuntimeError"
+    )
+    lines = ["[rank0]: ValueError: x", *report.splitlines(), killed]  # killed by mpirun, afterwards
+    assert run_ranks.describe(lines, 1) == "hnode001, rank 0: ValueError: x"
+
+
 def test_run_ranks(capfd, monkeypatch):
     """Output and exit status pass through; success adds nothing; a signal is 128 + its number."""
     monkeypatch.setattr(run_ranks.signal, "signal", lambda *_: None)  # this process stays as it is
