@@ -37,10 +37,7 @@ import torch
 import transformers
 import yaml
 from datasets import Dataset, Features, List, Value
-from huggingface_hub.errors import StrictDataclassError
-from jinja2 import TemplateError
 from pyarrow.parquet import ParquetFile
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -85,7 +82,9 @@ CHAT_TEMPLATE = r"""
         {{- message.content + '\n\n' }}
     {%- endif %}
 {%- endfor %}
-{{- '### 応答:\n' if add_generation_prompt }}
+{%- if add_generation_prompt %}
+    {{- '### 応答:\n' }}
+{%- endif %}
 """
 IDS, NUMBER, TEXT = List(Value("int32")), Value("int32"), Value("string")
 COLUMNS = Features(input_ids=IDS, labels=IDS, length=NUMBER, form=TEXT, outcome=TEXT)
@@ -217,8 +216,7 @@ def load_data(script, training, tokenizer, max_length, files):
             data = data.select_columns([*empty])
             empty = Dataset.from_dict(empty, data.features)
             sets[name] = datasets.concatenate_datasets([data, empty])
-    has_rows = "validation" in sets or not training.do_eval
-    check(has_rows, f"{script.dataset_name} has no rows called validation to evaluate.")
+    check("validation" in sets or not training.do_eval, f"{script.dataset_name} has no validation.")
     return {"train_dataset": sets["train"], "eval_dataset": sets.get("validation")}
 
 
@@ -390,19 +388,28 @@ def main(argv=None):
         check_tokens(script, tokenizer, data["train_dataset"])
         model = load_model(script, training, tokenizer, resume)
         trainer = FineTuner(model, training, collate, **data, processing_class=tokenizer)
-    except KNOWN as error:
-        fail(error)
+        begin(script, trainer, given, run, resume)
+    except Exception as error:
+        if isinstance(error, NameError | AttributeError | TypeError):
+            raise  # of an edit: its place is of use
+        fail(error if " " in str(error) else repr(error))
     if script.early_stopping_patience is not None:
         trainer.add_callback(transformers.EarlyStoppingCallback(script.early_stopping_patience))
-    begin(script, trainer, given, run, resume)
     trainer.add_callback(StopInTime(trainer, deadline))
     try:
         trainer.train(resume_from_checkpoint=resume)
+        save_results(trainer, run)
     except UnpicklingError:
         fail(f"{resume} holds a file that is more than data. Nothing of it was run.")
     except torch.OutOfMemoryError:
         fail(OUT_OF_MEMORY, every_rank=True)
-    save_results(trainer, run)
+    except Exception as error:
+        if any(words in str(error) for words in FULL):
+            for path in find_checkpoints(training.output_dir, run["id"]):
+                if what_lacks(path):
+                    remove(path)
+            leave(f"the disk is full, the last checkpoint is whole: {error}", alone=True)
+        raise
     generate = "python ../generate_text/generate_text.py --model_name_or_path"
     say("next", f"{generate} {training.output_dir} --prompt TEXT")
 
@@ -421,7 +428,7 @@ class EpochSampler(LengthGroupedSampler):
 class FineTuner(Trainer):
     """Trainer whose losses are means over learned tokens, and that removes only its own files."""
 
-    sums, tokens_seen, first_step = 0, 0, 0
+    sums, tokens_seen, first_step, evaluating = 0, 0, 0, 0
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -442,6 +449,10 @@ class FineTuner(Trainer):
         control, is_last = self.control, self.state.global_step >= self.state.max_steps
         control.should_log |= control.should_save or control.should_evaluate or is_last
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        with torch.random.fork_rng(devices=[]):  # what it draws must change no dropout after it
+            return super().evaluate(*args, **kwargs)
 
     def log(self, logs, start_time=None):
         """Losses as means over tokens, not over batches; a line for each: `grep '^step'`."""
@@ -482,28 +493,18 @@ class FineTuner(Trainer):
             path.chmod((directory / "run_id").stat().st_mode)  # it writes for the owner only
 
     def _save_checkpoint(self, model, trial):
-        output_dir = Path(self.args.output_dir)
-        path = output_dir / f"checkpoint-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            with suppress(OSError):
-                remove(path)
-            leave(f"{path} could not be written, the one before is whole: {error}", alone=True)
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:  # the mark is completed last, when all files are on the disk
+            path = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             os.sync()
             files = [file for file in path.rglob("*") if file.is_file() and file.name != "run_id"]
             sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
             (path / "run_id").write_text(json.dumps({"run": self.run_id, "files": sizes}))
             os.sync()
-            ours = find_checkpoints(output_dir, self.run_id)
-            aside = [
-                p for p in output_dir.glob("*.incomplete") if read_mark(p).get("run") == self.run_id
-            ]
-            for path in aside + (ours[: -self.keep] if self.keep else []):
-                if path != Path(self.state.best_model_checkpoint or ""):
-                    remove(path)
+            for old in find_checkpoints(path.parent, self.run_id)[: -self.keep]:
+                if old != Path(self.state.best_model_checkpoint or ""):
+                    remove(old)
 
 
 class StopInTime(transformers.TrainerCallback):
@@ -511,15 +512,15 @@ class StopInTime(transformers.TrainerCallback):
 
     def __init__(self, trainer, deadline):
         self.trainer, self.deadline, self.reason, self.is_agreed = trainer, deadline, None, False
-        # Seconds for a save: guessed at 0.5 GB/s, until one was timed with its step.
-        self.margin, self.longest, self.last = 10 + trainer.save_bytes / 5e8, 0, time.time()
+        self.saving, self.longest, self.last = trainer.save_bytes / 5e8, 0, time.time()  # 0.5 GB/s
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "reason", "SIGTERM"))
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # The checkpoint to go on from is read: what a kill left behind it is of no use any more.
+        for path in Path(args.output_dir).glob("checkpoint-*.incomplete"):
+            if read_mark(path).get("run") == self.trainer.run_id and state.is_world_process_zero:
+                remove(path)
         check_disk(self.trainer)
-        self.margin += max(
-            [0] + [e["eval_runtime"] for e in state.log_history if "eval_runtime" in e]
-        )
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.epoch % 1 and state.global_step < state.max_steps:  # else on_epoch_end follows
@@ -528,9 +529,10 @@ class StopInTime(transformers.TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         now, accelerator = time.time(), self.trainer.accelerator
         self.longest, self.last = max(self.longest, now - self.last), now
+        needed = 10 + self.saving + self.trainer.evaluating + 2 * self.longest
         if accelerator.is_main_process and Path(args.output_dir, "STOP").exists():
             self.reason = "STOP"
-        elif accelerator.is_main_process and now + self.margin + 2 * self.longest > self.deadline:
+        elif accelerator.is_main_process and now + needed > self.deadline:
             self.reason = "DEADLINE"
         if self.reason:
             accelerator.set_trigger()
@@ -538,7 +540,7 @@ class StopInTime(transformers.TrainerCallback):
             self.is_agreed = control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
-        self.margin = 10
+        self.saving = 0  # from now on it is in the longest step
         if self.is_agreed:
             for name in ("STOP", "lock") if self.trainer.is_world_process_zero() else ():
                 Path(args.output_dir, name).unlink(missing_ok=True)
@@ -565,8 +567,7 @@ REFUSED = {
     "greater metric_for": "leave it out: the best model is the one of the lowest loss",
     "hub_ push_to_hub": "upload the result afterwards: hf upload NAME OUTPUT_DIR",
 }
-KNOWN = (OSError, ValueError, RuntimeError, TemplateError, yaml.YAMLError, SafetensorError)
-KNOWN += (UnpicklingError, StrictDataclassError)
+FULL = ("No space left", "Disk quota exceeded", "inline_container")  # the last is torch.save's
 # Arguments that change no weight, by their beginnings; some only where no evaluation matters.
 LED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 FREE = ("output_dir", "resume_from", "ddp_timeout", "log", "report_to", "run_name", "dataloader_")
@@ -605,16 +606,14 @@ def leave(text, alone=False):
 def read_deadline():
     """$DEADLINE as seconds since the epoch; given as HH:MM it is the next such time."""
     text, now = os.environ.get("DEADLINE") or "inf", time.localtime()
-    try:
+    with suppress(ValueError):
         if ":" in text:
             hour, minute = time.strptime(text, "%H:%M")[3:5]
             is_over = (hour, minute) <= (now.tm_hour, now.tm_min)
             return time.mktime((*now[:2], now.tm_mday + is_over, hour, minute, 0, 0, 0, -1))
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    check(seconds >= 0, f"DEADLINE={text} is neither HH:MM nor seconds since the epoch.")
-    return seconds
+        if float(text) >= 0:
+            return float(text)
+    return fail(f"DEADLINE={text} is neither HH:MM nor seconds since the epoch.")
 
 
 def parse(argv):
@@ -660,7 +659,7 @@ def parse(argv):
         check(when in ("steps", "epoch"), "--early_stopping_patience needs --save_strategy steps.")
         values.update(eval_strategy=when, eval_steps=steps, load_best_model_at_end=True)
     script, training = parser.parse_dict(values)
-    script.reason, script.given, script.keep = reason, given, given.get("save_total_limit", 0)
+    script.reason, script.given = reason, given
     return script, training, given
 
 
@@ -682,6 +681,8 @@ def check_arguments(script, training):
     check(not is_inside, "--output_dir holds the model to start from. Choose another --output_dir.")
     is_hub = script.dataset_name is not None
     check(is_hub != bool(script.train_file), "give one of --train_file and --dataset_name.")
+    for file in (script.train_file or []) + (script.validation_file or []):
+        check(Path(file).is_file(), f"{file} of --train_file or --validation_file is no file here.")
     asked = training.do_eval or training.eval_on_start
     check(is_hub or script.validation_file or not asked, "an evaluation needs --validation_file.")
     wanted = script.given.get("eval_steps")
@@ -748,30 +749,27 @@ def read_rows(source):
             fail(f"{place}: {error} (wanted: objects, one a line or in a list, in UTF-8; Parquet)")
 
 
-def check_lock(output_dir):
+def check_lock(path):
     """Refuse an output_dir in which another run lives: that touches the file `lock` there."""
-    path, me = Path(output_dir, "lock"), [os.uname().nodename, str(os.getpid())]
-    if not path.exists() or path.read_text("utf-8").split()[:2] == me:
-        return
-    host, pid, *_ = [*path.read_text("utf-8").split(), "?", "?"]
-    age = time.time() - path.stat().st_mtime
-    is_dead = age > 120 or (host == me[0] and not Path("/proc", pid).exists())
-    wait = f"wait {120 - age:.0f} s, if it was killed"
-    check(is_dead, f"process {pid} on {host} is writing {output_dir}. Take another, or {wait}.")
+    if path.exists():
+        host, pid = [*path.read_text("utf-8").split(), "?", "?"][:2]
+        age, is_here = time.time() - path.stat().st_mtime, host == os.uname().nodename
+        is_gone = is_here and (pid == str(os.getpid()) or not Path("/proc", pid).exists())
+        wait = f"Take another, or wait {120 - age:.0f} s, if it was killed."
+        check(is_gone or age > 120, f"process {pid} on {host} is writing {path.parent}. {wait}")
+        path.unlink()
 
 
-def take_lock(output_dir):
-    path, job = Path(output_dir, "lock"), os.environ.get("PBS_JOBID", "")
-    path.write_text(f"{os.uname().nodename} {os.getpid()} {job}")
-    atexit.register(path.unlink, missing_ok=True)
-    threading.Thread(target=keep_young, args=[path], daemon=True).start()
-
-
-def keep_young(path):
-    with suppress(OSError):  # until it is gone
-        while True:
+def take_lock(path):
+    def keep_young():
+        while path.exists():
             os.utime(path)
             time.sleep(30)
+
+    with path.open("x") as file:  # of two that start at once, one fails
+        file.write(f"{os.uname().nodename} {os.getpid()} {os.environ.get('PBS_JOBID', '')}")
+    atexit.register(path.unlink, missing_ok=True)
+    threading.Thread(target=keep_young, daemon=True).start()
 
 
 def find_checkpoints(output_dir, run_id=None):
@@ -780,8 +778,7 @@ def find_checkpoints(output_dir, run_id=None):
     found = sorted((p for p in found if [*p.glob("*")]), key=lambda path: int(path.name[11:]))
     if run_id is None:
         return found
-    found = [path for path in found if not path.is_symlink()]
-    return [path for path in found if read_mark(path).get("run") == run_id]
+    return [p for p in found if not p.is_symlink() and read_mark(p).get("run") == run_id]
 
 
 def remove(path):
@@ -812,10 +809,11 @@ def find_complete(output_dir, run_id):
     """The complete checkpoints in order; of this run, what a kill left behind is set aside."""
     found = {path: what_lacks(path) for path in find_checkpoints(output_dir)}
     for path, lacks in found.items():
-        if lacks and (path / "run_id").exists() and read_mark(path).get("run", run_id) == run_id:
+        mark = path / "run_id"
+        if lacks and run_id and mark.exists() and read_mark(path).get("run", run_id) == run_id:
             say("incomplete", f"{path} lacks {lacks}: set aside as {path.name}.incomplete")
             shutil.rmtree(f"{path}.incomplete", ignore_errors=True)  # of an earlier kill
-            (path / "run_id").write_text(json.dumps({"run": run_id}))
+            mark.write_text(json.dumps({"run": run_id}))
             path.rename(f"{path}.incomplete")
     return [path for path, lacks in found.items() if not lacks]
 
@@ -837,15 +835,16 @@ def describe_files(script):
 def what_changed(directory, training, given, data):
     """Return (id of the run on record in a directory, what differs that may change a weight)."""
     record = Path(directory, "run_args.yaml")
-    before = yaml.safe_load(record.read_text("utf-8")) if record.is_file() else {}
-    run = {"data": data, **before.pop("run", {})}
+    before = (yaml.safe_load(record.read_text("utf-8")) if record.is_file() else None) or {}
+    run = before.pop("run", None) or {}
     needs = training.load_best_model_at_end or training.lr_scheduler_type in LED_BY_EVALUATION
     free = FREE if needs else FREE + FREE_WITHOUT_BEST
     names = sorted(name for name in {*before, *given} if not name.startswith(free))
     pairs = [(name, before.get(name), given.get(name)) for name in names]
     changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
-    old, new = ([f for f in d if not f["use"].startswith(free)] for d in (run["data"], data))
-    if old != new:
+    was = run.get("data", data)
+    was, now = ([f for f in d if not f.get("use", "").startswith(free)] for d in (was, data))
+    if was != now:
         changed.append("other data, chat template or another script")
     return run.get("id"), changed
 
@@ -863,14 +862,15 @@ def find_run(script, training, given):
     output_dir, wanted = Path(training.output_dir), str(training.resume_from_checkpoint or "true")
     output_dir.mkdir(parents=True, exist_ok=True)
     check(os.access(output_dir, os.W_OK), f"--output_dir {output_dir} cannot be written.")
-    if training.process_index == 0:
-        check_lock(output_dir)
     advice = f"Choose another --output_dir than {output_dir}, or move what it holds."
     data, is_finished = describe_files(script), (output_dir / "all_results.json").is_file()
+    is_first, lock = training.process_index == 0, output_dir / "lock"
+    if is_first:
+        check_lock(lock)
     run_id, changed = what_changed(output_dir, training, given, data)
     others = [] if run_id else ["config.json", "adapter_config.json"]
     others = [name for name in others if (output_dir / name).exists()]
-    complete, resume = find_complete(output_dir, run_id), None
+    complete, resume = find_complete(output_dir, run_id if is_first else None), None
     if wanted.lower() not in ("true", "false"):  # named: it may be another run's
         resume, complete = Path(wanted), []
         check(not what_lacks(resume), f"{resume} is no complete checkpoint: {what_lacks(resume)}.")
@@ -895,8 +895,8 @@ def find_run(script, training, given):
     ours = [*complete, *find_checkpoints(output_dir, run["id"])]
     others += [path.name for path in find_checkpoints(output_dir) if path not in ours]
     check(not others, f"{', '.join(others)} would be overwritten. {advice}")
-    if training.process_index == 0:
-        take_lock(output_dir)
+    if is_first:
+        take_lock(lock)
     return resume and str(resume), run
 
 
@@ -906,9 +906,8 @@ def check_disk(trainer):
     saves = (state.max_steps - state.global_step) // max(1, state.save_steps)
     if args.save_strategy == "epoch":
         saves = math.ceil(state.num_train_epochs - (state.epoch or 0))
-    if trainer.keep:
-        there = find_checkpoints(args.output_dir, trainer.run_id)
-        saves = max(0, min(saves, trainer.keep + 1 - len(there)))
+    there = find_checkpoints(args.output_dir, trainer.run_id)
+    saves = max(0, min(saves, trainer.keep + 1 - len(there)))
     count = 1 if args.save_strategy == "no" else 1 + saves  # one more: the result
     need, free = count * trainer.save_bytes, shutil.disk_usage(args.output_dir).free
     problem = f"{count} checkpoints take {need / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
@@ -938,7 +937,7 @@ def choose_chat_template(name, tokenizer):
         tokenizer.chat_template, first = template, leading_ids(tokenizer)
         text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except Exception as error:  # a template can raise anything
-        fail(f"--chat_template {name}: {error!r}; ours are ../chat_templates/*.jinja.")
+        fail(f"template {name}: {error!r}; ours are ../chat_templates/dolly.jinja and rinna.jinja.")
     if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
         tokenizer.chat_template = "{{ bos_token }}" + template
 
@@ -1042,26 +1041,29 @@ def begin(script, trainer, given, run, resume):
     here = Path(__file__).resolve().parent
     done = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
     run |= {"hostname": os.uname().nodename, "git_commit": done.stdout.strip() or None}
-    trainer.run_id, trainer.keep = run["id"], script.keep
+    trainer.run_id, trainer.keep = run["id"], given.get("save_total_limit") or sys.maxsize
     weights = trained if hasattr(model, "peft_config") else total
     moments = (2 if "8bit" in args.optim else 8) + 4 * bool(args.deepspeed)
     trainer.save_bytes = 4 * weights + moments * trained
     if resume:
         state = json.loads(Path(resume, "trainer_state.json").read_text("utf-8"))
+        times = [entry.get("eval_runtime", 0) for entry in state["log_history"]]
+        trainer.evaluating = max(times, default=0)  # in the jobs before, for StopInTime
         trainer.first_step, epochs = state["global_step"], math.ceil(args.num_train_epochs)
         last = state["max_steps"] * epochs / state["num_train_epochs"]
         early = state["stateful_callbacks"].get("EarlyStoppingCallback", {}).get("attributes", {})
         waited = early.get("early_stopping_patience_counter", 0)
         is_early = script.early_stopping_patience and waited >= script.early_stopping_patience
         if is_early or trainer.first_step >= (args.max_steps if args.max_steps > 0 else last):
-            # Training was at its end: Trainer would go one step further.
-            args.max_steps, args.num_train_epochs = -1, int(state["epoch"])
+            args.max_steps, args.num_train_epochs = -1, int(state["epoch"])  # or one step more
     trainer.began = trainer.last = time.time()
     trainer.remove_callback(transformers.PrinterCallback)
     model.config.use_cache = True  # for whoever loads the result; batches say False
     if trainer.is_world_process_zero():
         record = yaml.safe_dump({**given, "run": run}, sort_keys=False, allow_unicode=True)
-        Path(args.output_dir, "run_args.yaml").write_text(record, "utf-8")
+        new = Path(args.output_dir, "run_args.yaml.new")  # a full disk must not spoil the old one
+        new.write_text(record, "utf-8")
+        new.replace(new.with_suffix(""))
         Path(args.output_dir, "all_results.json").unlink(missing_ok=True)
 
 

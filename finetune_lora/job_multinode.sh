@@ -38,8 +38,7 @@ else
   echo "no GPU     one process per node, plain data parallel over gloo, without DeepSpeed"
 fi
 [[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}")
-bash ../jobs/wait_lock.sh "${OUTPUT_DIR:-output}" || exit # of a run before that was killed
-"${LAUNCH[@]}" finetune_lora.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
+bash ../jobs/wait_lock.sh "${OUTPUT_DIR:-output}" && "${LAUNCH[@]}" finetune_lora.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
 status=$? # of the training, whatever becomes of the picture; --since: of this job's losses only
 ((status != 0)) || python ../jobs/draw_loss.py "$OUTPUT_DIR" --since $(($(date +%s) - SECONDS))
 exit "$status"

@@ -55,7 +55,9 @@ CHAT_TEMPLATE = r"""
         {{- message.content + '\n\n' }}
     {%- endif %}
 {%- endfor %}
-{{- '### 応答:\n' if add_generation_prompt }}
+{%- if add_generation_prompt %}
+    {{- '### 応答:\n' }}
+{%- endif %}
 """
 
 
@@ -332,7 +334,7 @@ def choose_chat_template(name, tokenizer):
         tokenizer.chat_template, first = template, leading_ids(tokenizer)
         text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except Exception as error:  # a template can raise anything
-        fail(f"--chat_template {name}: {error!r}; ours are ../chat_templates/*.jinja.")
+        fail(f"template {name}: {error!r}; ours are ../chat_templates/dolly.jinja and rinna.jinja.")
     if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
         tokenizer.chat_template = "{{ bos_token }}" + template
 

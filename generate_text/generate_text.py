@@ -68,7 +68,9 @@ CHAT_TEMPLATE = r"""
         {{- message.content + '\n\n' }}
     {%- endif %}
 {%- endfor %}
-{{- '### 応答:\n' if add_generation_prompt }}
+{%- if add_generation_prompt %}
+    {{- '### 応答:\n' }}
+{%- endif %}
 """
 
 
@@ -281,11 +283,10 @@ def main(argv=None):
             stop_if_asked(args)
         model = load_model(args, precision, tokenizer)
         set_generation(args, model, tokenizer, is_chat=form != "prompt")
-    except torch.OutOfMemoryError:
-        fail(full)
     except Exception as error:  # damaged files can raise anything
         why = error if " " in str(error) else repr(error)
-        fail(f"{args.model_name_or_path}{args.origin}: {why}")
+        why = f"{args.model_name_or_path}{args.origin}: {why}"
+        fail(full if isinstance(error, torch.OutOfMemoryError) else why)
     print_banner(args, model, tokenizer, f"{precision} ({reason})", prompts)
     try:
         if args.prompt_file:
@@ -392,10 +393,10 @@ def boolean(text):
 
 def read_deadline():
     """DEADLINE, in seconds since the epoch: given so, or as HH:MM, the next such time."""
-    text, today = os.environ.get("DEADLINE", ""), time.localtime()[:3]
+    text, today = os.environ.get("DEADLINE") or "inf", time.localtime()[:3]
     with suppress(ValueError):
-        if ":" not in text:
-            return int(text or sys.maxsize)
+        if ":" not in text and float(text) >= 0:
+            return float(text)
         at = time.mktime((*today, *time.strptime(text, "%H:%M")[3:6], 0, 0, -1))
         return at if at > time.time() else at + 24 * 3600
     return fail(f"DEADLINE={text} is no time: type 18:30, or seconds since 1970 (date +%s).")
@@ -456,7 +457,7 @@ def choose_chat_template(name, tokenizer):
         tokenizer.chat_template, first = template, leading_ids(tokenizer)
         text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except Exception as error:  # a template can raise anything
-        fail(f"--chat_template {name}: {error!r}; ours are ../chat_templates/*.jinja.")
+        fail(f"template {name}: {error!r}; ours are ../chat_templates/dolly.jinja and rinna.jinja.")
     if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
         tokenizer.chat_template = "{{ bos_token }}" + template
 

@@ -6,13 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, ROWS, load_script, write_jsonl
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 SCRIPT = ROOT / "finetune_full" / "finetune_full.py"
@@ -180,11 +181,157 @@ def test_a_save_that_fails(script, words, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         assert start(script, *words, "--output_dir", out) == 75
         error = capsys.readouterr().err
-    assert "checkpoint-4 could not be written" in error and "No space left" in error
+    assert "the disk is full, the last checkpoint is whole" in error and "No space left" in error
     assert "Traceback" not in error
     assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-2"]
     assert start(script, *words, "--output_dir", out) == 0
     assert same(tmp_path / "whole", out)
+    assert not list(out.glob("*.incomplete"))
+    # The result: only the last checkpoint is there, and with it the next start ends.
+    save_model, out = script.FineTuner.save_model, tmp_path / "result"
+
+    def full_at_the_end(self, output_dir=None, _internal_call=False):
+        if not _internal_call:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save_model(self, output_dir, _internal_call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.FineTuner, "save_model", full_at_the_end)
+        assert start(script, *words, "--output_dir", out) == 75
+    assert start(script, *words, "--output_dir", out) == 0
+    assert same(tmp_path / "whole", out)
+    # What is no full disk is no reason to submit it again.
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("reset by peer"))
+        )
+        with pytest.raises(RuntimeError, match="reset by peer"):
+            start(script, *words, "--output_dir", tmp_path / "other")
+
+
+def test_a_full_disk_at_the_start_keeps_the_record(script, words, tmp_path, monkeypatch, capsys):
+    words += [*ONCE.split(), "--output_dir", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(script, *words) == 75
+    before, write = (tmp_path / "out" / "run_args.yaml").read_text(), Path.write_text
+
+    def full(path, text, *args, **kwargs):
+        if path.name.startswith("run_args"):
+            write(path, "")
+            raise OSError(28, "No space left on device")
+        return write(path, text, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert "No space left" in refused_plainly(script, capsys, *words)
+    assert (tmp_path / "out" / "run_args.yaml").read_text() == before
+    assert start(script, *words) == 0
+
+
+def test_only_the_first_rank_sets_aside_and_only_this_run_s(script, tmp_path):
+    for name, mark in {"checkpoint-1": '{"run": "ours"}', "checkpoint-2": "\0\0"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run_id").write_text(mark)
+    for run_id in (None, "other"):  # another rank, or no record; another run
+        assert script.find_complete(tmp_path, run_id) == []
+        assert (tmp_path / "checkpoint-1").is_dir()
+        assert (tmp_path / "checkpoint-2").is_dir() or run_id
+        (tmp_path / "checkpoint-2.incomplete").exists() and shutil.move(
+            tmp_path / "checkpoint-2.incomplete", tmp_path / "checkpoint-2"
+        )
+    script.find_complete(tmp_path, "ours")
+    assert (tmp_path / "checkpoint-1.incomplete").is_dir()
+
+
+def test_what_a_kill_left_goes_without_another_save(script, words, tmp_path, monkeypatch):
+    words += [*ONCE.split(), "--output_dir", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(script, *words) == 75
+    left, mine = tmp_path / "out" / "checkpoint-7", tmp_path / "out" / "checkpoint-8.incomplete"
+    shutil.copytree(tmp_path / "out" / "checkpoint-6", left)
+    (left / "optimizer.pt").unlink()
+    mine.mkdir()  # somebody's own
+    assert start(script, *words) == 0
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-[78]*")] == [mine.name]
+
+
+def test_records_of_another_form(script, words, tmp_path, capsys):
+    """An earlier version's, or one that somebody edited: one line, nothing lost."""
+    words += [*ONCE.split(), "--output_dir", tmp_path / "out"]
+    assert start(script, *words) == 0
+    record = tmp_path / "out" / "run_args.yaml"
+    whole = yaml.safe_load(record.read_text())
+    data = [{k: v for k, v in f.items() if k != "use"} for f in whole["run"]["data"]]
+    for run in ({**whole["run"], "data": data}, None):
+        record.write_text(yaml.safe_dump({**whole, "run": run}))
+        text = refused_plainly(script, capsys, *words) if run else ""
+        assert "other data" in text or not run
+    (tmp_path / "out" / "all_results.json").unlink()
+    assert "would be overwritten" in refused_plainly(script, capsys, *words)
+    record.write_text("")
+    assert start(script, *words) == 2
+
+
+def test_stop_without_saves(script, words, tmp_path, monkeypatch):
+    words += [*ONCE.split(), "--save_strategy", "no"]
+    assert start(script, *words, "--output_dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, 3, lambda: (tmp_path / "cut" / "STOP").touch())
+        assert start(script, *words, "--output_dir", tmp_path / "cut") == 75
+    assert start(script, *words, "--output_dir", tmp_path / "cut") == 0
+    assert same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_an_evaluation_to_come_still_counts_after_a_save(script, words, tmp_path, monkeypatch):
+    """It took 1,000 s in the job before, and in this one none has been: the deadline is too near."""
+    test = write_jsonl(tmp_path / "v.jsonl", ROWS[:2])
+    words += [
+        *ONCE.split(),
+        "--validation_file",
+        test,
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        2,
+    ]
+    words += ["--max_steps", 60, "--save_steps", 1, "--output_dir", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(script, *words) == 75
+    state = tmp_path / "out" / "checkpoint-3" / "trainer_state.json"
+    history = json.loads(state.read_text())
+    for entry in history["log_history"]:
+        entry.update({"eval_runtime": 1000.0} if "eval_runtime" in entry else {})
+    state.write_text(json.dumps(history))
+    mark = json.loads((state.parent / "run_id").read_text())
+    mark["files"]["trainer_state.json"] = state.stat().st_size
+    (state.parent / "run_id").write_text(json.dumps(mark))
+    monkeypatch.setenv("DEADLINE", str(time.time() + 900))
+    kept = script.StopInTime.on_epoch_end
+
+    def after_a_save(self, args, state, control, **kwargs):
+        if state.global_step > 5:
+            kept(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(script.StopInTime, "on_epoch_end", after_a_save)
+    assert start(script, *words) == 75
+    assert script.find_checkpoints(tmp_path / "out")[-1].name == "checkpoint-6"
+
+
+def test_evaluations_change_no_weight(script, words, tmp_path):
+    """They may be added between two jobs: also with dropout, whose numbers they must not take."""
+    model, test = tmp_path / "model", write_jsonl(tmp_path / "v.jsonl", ROWS[:2])
+    shutil.copytree(words[1], model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.1, "embd_pdrop": 0.1}))
+    words += ["--model_name_or_path", model, *ONCE.split()]
+    more = ["--validation_file", test, "--eval_strategy", "steps", "--eval_steps", 2]
+    assert start(script, *words, "--output_dir", tmp_path / "plain") == 0
+    assert start(script, *words, *more, "--output_dir", tmp_path / "more") == 0
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "more"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_kill_while_an_old_one_is_removed(script, words, tmp_path, monkeypatch, capsys):
@@ -234,7 +381,7 @@ def test_a_full_disk(script, words, tmp_path, capsys):
         status = start(script, *words, "--output_dir", disk / "out")
         script.check_disk = kept
         captured = capsys.readouterr()
-        assert status == 75 and "could not be written, the one before is whole" in captured.err
+        assert status == 75 and "the disk is full, the last checkpoint is whole" in captured.err
         (left,) = (disk / "out").glob("checkpoint*")
         assert not script.what_lacks(left)
         subprocess.run([*mount[:1], "-o", "remount,size=20m", str(disk)], check=True)
@@ -254,7 +401,7 @@ def refused_plainly(script, capsys, *words):
     return line
 
 
-def test_two_runs_in_one_directory(script, words, tmp_path, capsys):
+def test_two_runs_in_one_directory(script, words, tmp_path, monkeypatch, capsys):
     words += ["--max_steps", "2", "--output_dir", tmp_path / "out"]
     (tmp_path / "out").mkdir()
     lock, here = tmp_path / "out" / "lock", os.uname().nodename
@@ -276,17 +423,22 @@ def test_two_runs_in_one_directory(script, words, tmp_path, capsys):
     (tmp_path / "out" / "all_results.json").unlink()
     lock.write_text("")  # of a crash
     assert "is writing" in refused_plainly(script, capsys, *words)
+    with monkeypatch.context() as patch:  # of two that looked at the same moment
+        patch.setattr(script, "check_lock", lambda path: None)
+        assert "exists" in refused_plainly(script, capsys, *words)
+    assert lock.exists()
 
 
-def test_a_lock_is_kept_young(script, tmp_path):
-    script.take_lock(tmp_path)
-    assert [thread for thread in threading.enumerate() if thread._target is script.keep_young]
+def test_a_lock_is_kept_young(script, tmp_path, monkeypatch):
+    naps = iter([0.01] * 50 + [60])
+    sleep = time.sleep
+    monkeypatch.setattr(script.time, "sleep", lambda _: sleep(next(naps, 60)))
+    script.take_lock(tmp_path / "lock")
     os.utime(tmp_path / "lock", (0, 0))
-    threading.Thread(target=script.keep_young, args=[tmp_path / "lock"], daemon=True).start()
-    end = time.time() + 20
-    while (tmp_path / "lock").stat().st_mtime < end - 60:
-        assert time.time() < end
-        time.sleep(0.05)
+    end = time.monotonic() + 20
+    while (tmp_path / "lock").stat().st_mtime < 1e6:
+        assert time.monotonic() < end
+        sleep(0.02)
 
 
 def test_only_the_same_run_goes_on(script, words, tmp_path, monkeypatch, capsys):
@@ -353,13 +505,19 @@ def test_bad_deadlines(value, script, words, tmp_path, monkeypatch, capsys):
 
 def test_deadlines(script, monkeypatch):
     now = time.localtime()
-    for text, expected in (("", float("inf")), ("1795642947", 1795642947)):
+    other = load_script(ROOT / "generate_text" / "generate_text.py")
+    for text, expected in (
+        ("", float("inf")),
+        ("1795642947", 1795642947),
+        ("1795642947.5", 1795642947.5),
+    ):
         monkeypatch.setenv("DEADLINE", text)
-        assert script.read_deadline() == expected
+        assert script.read_deadline() == other.read_deadline() == expected
     for minutes in (-1, 1, 600):  # a minute ago means tomorrow
         moment = time.localtime(time.mktime(now) + 60 * minutes)
         monkeypatch.setenv("DEADLINE", time.strftime("%H:%M", moment))
         seconds = script.read_deadline() - time.time()
+        assert other.read_deadline() == script.read_deadline()
         assert 0 < seconds <= 24 * 3600 + 3600
         assert (
             time.strftime("%H:%M", time.localtime(script.read_deadline())) == os.environ["DEADLINE"]

@@ -173,7 +173,7 @@ def test_directives_are_what_pbs_and_abci_accept(job):
         int(part) for part in re.fullmatch(r"(\d+):(\d\d):(\d\d)", resources["walltime"]).groups()
     )
     assert 0 < hours * 3600 + minutes * 60 + seconds <= 168 * 3600
-    assert len(lines) <= 45
+    assert len(lines) <= 44
 
 
 def test_checker_of_directives_can_fail(tmp_path, monkeypatch):
