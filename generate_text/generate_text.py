@@ -457,7 +457,7 @@ def choose_chat_template(name, tokenizer):
         tokenizer.chat_template, first = template, leading_ids(tokenizer)
         text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except Exception as error:  # a template can raise anything
-        fail(f"template {name}: {error!r}; ours are ../chat_templates/dolly.jinja and rinna.jinja.")
+        fail(f"--chat_template {name}: {error!r}. Two ready ones lie in ../chat_templates.")
     if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
         tokenizer.chat_template = "{{ bos_token }}" + template
 

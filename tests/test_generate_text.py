@@ -722,7 +722,7 @@ def test_forms_of_the_deadline(in_tokyo, monkeypatch, capsys):
     assert script.read_deadline() == noon + 60
     monkeypatch.setenv("DEADLINE", "")
     assert script.read_deadline() > noon + 10**12
-    for text in ("24:00", "12:60", "12:", ":30", "12:00:00", "noon", "1e9", "nan", "12.5", "0x1"):
+    for text in ("24:00", "12:60", "12:", ":30", "12:00:00", "noon", "-1", "nan", "0x1"):
         monkeypatch.setenv("DEADLINE", text)
         with pytest.raises(SystemExit) as stop:
             script.read_deadline()
