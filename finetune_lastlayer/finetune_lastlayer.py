@@ -14,23 +14,17 @@ Again         python finetune_lastlayer.py output/run_args.yaml --output_dir out
 Follows       https://huggingface.co/docs/transformers/main_classes/trainer
 """
 
-import atexit
-import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from pickle import UnpicklingError
 
 import datasets
 import torch
@@ -42,6 +36,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_count
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
+try:  # what lets a run go on where it was cut off, and stop in time
+    import keep_run
+except ModuleNotFoundError:
+    keep_run = None  # this file was copied alone: it trains from start to end
 
 # ---- 1. Settings ----
 
@@ -376,15 +376,15 @@ def check_method(script, training):
 
 
 def main(argv=None):
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         script, training, given = parse(argv)
-        check_arguments(script, training)
         check_method(script, training)
-        deadline = read_deadline()
-        with training.main_process_first(local=False):
-            resume, run = find_run(script, training, given)
+        resume, run = find_run(script, training, given)
         tokenizer, max_length = load_tokenizer(script)
-        data = load_data(script, training, tokenizer, max_length, run["data"])
+        data = load_data(script, training, tokenizer, max_length, run.get("data", os.urandom(8)))
         check_tokens(script, tokenizer, data["train_dataset"])
         model = load_model(script, training, tokenizer, resume)
         trainer = FineTuner(model, training, collate, **data, processing_class=tokenizer)
@@ -393,23 +393,12 @@ def main(argv=None):
         if isinstance(error, NameError | AttributeError | TypeError):
             raise  # of an edit: its place is of use
         fail(error if " " in str(error) else repr(error))
-    if script.early_stopping_patience is not None:
-        trainer.add_callback(transformers.EarlyStoppingCallback(script.early_stopping_patience))
-    trainer.add_callback(StopInTime(trainer, deadline))
     try:
-        trainer.train(resume_from_checkpoint=resume)
-        save_results(trainer, run)
-    except UnpicklingError:
-        fail(f"{resume} holds a file that is more than data. Nothing of it was run.")
+        with keep_run.hold(training, run) if keep_run else nullcontext():
+            trainer.train(resume_from_checkpoint=resume)
+            save_results(trainer, run)
     except torch.OutOfMemoryError:
         fail(OUT_OF_MEMORY, every_rank=True)
-    except Exception as error:
-        if any(words in str(error) for words in FULL):
-            for path in find_checkpoints(training.output_dir, run["id"]):
-                if what_lacks(path):
-                    remove(path)
-            leave(f"the disk is full, the last checkpoint is whole: {error}", alone=True)
-        raise
     generate = "python ../generate_text/generate_text.py --model_name_or_path"
     say("next", f"{generate} {training.output_dir} --prompt TEXT")
 
@@ -426,9 +415,9 @@ class EpochSampler(LengthGroupedSampler):
 
 
 class FineTuner(Trainer):
-    """Trainer whose losses are means over learned tokens, and that removes only its own files."""
+    """Trainer whose losses are means over learned tokens."""
 
-    sums, tokens_seen, first_step, evaluating = 0, 0, 0, 0
+    sums, tokens_seen, first_step = 0, 0, 0
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -482,98 +471,18 @@ class FineTuner(Trainer):
         return self.model.load_state_dict(best.state_dict())
 
     def save_model(self, output_dir=None, _internal_call=False):
-        directory = Path(output_dir or self.args.output_dir)
-        if self.args.should_save:
-            directory.mkdir(exist_ok=True)
-            (directory / "run_id").write_text(json.dumps({"run": self.run_id}))
-            self.model.generation_config.save_pretrained(directory)  # an adapter has none else
-        self.accelerator.wait_for_everyone()  # nobody writes before the mark is there
         super().save_model(output_dir, _internal_call)
-        for path in directory.glob("*.safetensors") if self.args.should_save else ():
-            path.chmod((directory / "run_id").stat().st_mode)  # it writes for the owner only
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:  # the mark is completed last, when all files are on the disk
-            path = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            os.sync()
-            files = [file for file in path.rglob("*") if file.is_file() and file.name != "run_id"]
-            sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
-            (path / "run_id").write_text(json.dumps({"run": self.run_id, "files": sizes}))
-            os.sync()
-            for old in find_checkpoints(path.parent, self.run_id)[: -self.keep]:
-                if old != Path(self.state.best_model_checkpoint or ""):
-                    remove(old)
-
-
-class StopInTime(transformers.TrainerCallback):
-    """Ends a run with a checkpoint before $DEADLINE, after SIGTERM or by a file STOP."""
-
-    def __init__(self, trainer, deadline):
-        self.trainer, self.deadline, self.reason, self.is_agreed = trainer, deadline, None, False
-        self.saving, self.longest, self.last = trainer.save_bytes / 5e8, 0, time.time()  # 0.5 GB/s
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "reason", "SIGTERM"))
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # The checkpoint to go on from is read: what a kill left behind it is of no use any more.
-        for path in Path(args.output_dir).glob("checkpoint-*.incomplete"):
-            if read_mark(path).get("run") == self.trainer.run_id and state.is_world_process_zero:
-                remove(path)
-        check_disk(self.trainer)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.epoch % 1 and state.global_step < state.max_steps:  # else on_epoch_end follows
-            self.on_epoch_end(args, state, control)
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        now, accelerator = time.time(), self.trainer.accelerator
-        self.longest, self.last = max(self.longest, now - self.last), now
-        needed = 10 + self.saving + self.trainer.evaluating + 2 * self.longest
-        if accelerator.is_main_process and Path(args.output_dir, "STOP").exists():
-            self.reason = "STOP"
-        elif accelerator.is_main_process and now + needed > self.deadline:
-            self.reason = "DEADLINE"
-        if self.reason:
-            accelerator.set_trigger()
-        if accelerator.check_trigger():  # the same on all ranks
-            self.is_agreed = control.should_save = True
-
-    def on_save(self, args, state, control, **kwargs):
-        self.saving = 0  # from now on it is in the longest step
-        if self.is_agreed:
-            for name in ("STOP", "lock") if self.trainer.is_world_process_zero() else ():
-                Path(args.output_dir, name).unlink(missing_ok=True)
-            leave(f"by {self.reason or 'SIGTERM'} after step {state.global_step}, which is saved")
+        if self.args.should_save:
+            directory = Path(output_dir or self.args.output_dir)
+            self.model.generation_config.save_pretrained(directory)  # an adapter has none else
+            for path in directory.glob("*.safetensors"):  # it writes for the owner only
+                path.chmod((directory / "generation_config.json").stat().st_mode)
 
 
 # ---- 5. Guard rails: no need to read ----
 
-GONE = {"--packing": "leave it out, it was never faster", "--packing_length": "leave it out"}
-TO_LORA = "type finetune_lora.py --lora_target_modules none --modules_to_save lm_head"
-GONE["--load_in_8bit"] = f"{TO_LORA} --load_in_8bit true"
 
 # Copied from finetune_full/finetune_full.py, down to the next headline
-PACKAGES = "torch transformers tokenizers datasets accelerate peft deepspeed bitsandbytes".split()
-# Trainer's options that would do nothing here, or harm in silence, by their beginnings; what to do.
-REFUSED = {
-    "accelerator_ auto_find bf16_full debug disable_ do_train do_predict": "leave it out",
-    "fp16_full label_ optim_ skip_memory use_cache use_liger": "leave it out",
-    "dataloader_multi dataloader_persist": "workers must end with the script, come what may",
-    "batch_eval eval_acc eval_do eval_use include_for": "an evaluation gives the loss alone",
-    "average dataloader_drop dataloader_in_ ignore_data length_": "each token counts, once",
-    "enable_jit save_on_each save_only": "a checkpoint must be whole, and in one place",
-    "fsdp": "take --deepspeed ../deepspeed_configs/zero3.json",
-    "greater metric_for": "leave it out: the best model is the one of the lowest loss",
-    "hub_ push_to_hub": "upload the result afterwards: hf upload NAME OUTPUT_DIR",
-}
-FULL = ("No space left", "Disk quota exceeded", "inline_container")  # the last is torch.save's
-# Arguments that change no weight, by their beginnings; some only where no evaluation matters.
-LED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
-FREE = ("output_dir", "resume_from", "ddp_timeout", "log", "report_to", "run_name", "dataloader_")
-FREE_WITHOUT_BEST = ("eval_", "save_", "per_device_eval", "validation")
-
-
 def say(name, text):
     if os.environ.get("RANK", "0") == "0":
         print(f"{name:<11}{text}", flush=True)
@@ -593,33 +502,11 @@ def check(condition, message):
         fail(message)
 
 
-def leave(text, alone=False):
-    """End an unfinished run with status 75; under run_ranks.py with 0, which gives the job 75."""
-    if alone or os.environ.get("RANK", "0") == "0":
-        text = f"{' '.join(text.split())[:600]}. The same command or job goes on from there."
-        sys.stderr.write(f"stopped    {text}\n")  # in one piece, for run_ranks.py
-    if torch.distributed.is_initialized() and not alone:
-        torch.distributed.destroy_process_group()  # or a rank may end by SIGABRT
-    raise SystemExit(0 if "RUN_RANKS" in os.environ and not alone else 75)
-
-
-def read_deadline():
-    """$DEADLINE as seconds since the epoch; given as HH:MM it is the next such time."""
-    text, now = os.environ.get("DEADLINE") or "inf", time.localtime()
-    with suppress(ValueError):
-        if ":" in text:
-            hour, minute = time.strptime(text, "%H:%M")[3:5]
-            is_over = (hour, minute) <= (now.tm_hour, now.tm_min)
-            return time.mktime((*now[:2], now.tm_mday + is_over, hour, minute, 0, 0, 0, -1))
-        if float(text) >= 0:
-            return float(text)
-    return fail(f"DEADLINE={text} is neither HH:MM nor seconds since the epoch.")
-
-
 def parse(argv):
     """Return (script arguments, Trainer's, {name: value} of those that are not the default)."""
     parser = transformers.HfArgumentParser([ScriptArguments, TrainingArguments], allow_abbrev=False)
-    parser.description, parser.error = __doc__, fail  # one line, not 200 of usage
+    parser.description = __doc__
+    parser.error = keep_run.refuse if keep_run else fail  # one line, not 200 of usage
     parser.set_defaults(**DEFAULTS, do_train=True)
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].lower().endswith((".yaml", ".yml", ".json")):
@@ -631,11 +518,27 @@ def parse(argv):
             words[:0] = [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
     for number, word in enumerate(words):
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        check(name not in GONE, f"{name} is gone: {GONE.get(name)}.")
         words[number] = name + equals + os.path.expanduser(value)  # noqa: PTH111 -- any word
     values = vars(parser.parse_args(words))
     defaults = vars(parser.parse_args(["--model_name_or_path", ""]))
     given = {name: value for name, value in values.items() if value != defaults[name]}
+    reason = choose_precision(values)
+    values.update(disable_tqdm=True, accelerator_config=None, remove_unused_columns=False)
+    if keep_run:
+        values["save_total_limit"] = None  # it removes old checkpoints itself, only this run's
+    if values["early_stopping_patience"] is not None:
+        when, steps = values["save_strategy"], values["save_steps"]
+        check(when in ("steps", "epoch"), "--early_stopping_patience needs --save_strategy steps.")
+        values.update(eval_strategy=when, eval_steps=steps, load_best_model_at_end=True)
+    script, training = parser.parse_dict(values)
+    script.reason = reason
+    if keep_run:
+        keep_run.check_arguments(script, training, given)
+    return script, training, given
+
+
+def choose_precision(values):
+    """Set the precision that the GPU has, or refuse what it has not; return the reason."""
     asked = {name for name in ("bf16", "fp16") if values[name]} | {values["precision"]} - {"auto"}
     known = asked <= {"bf16", "fp16", "fp32"} and len(asked) < 2
     check(known, "--precision is auto, bf16, fp16 or fp32, and must not contradict --bf16, --fp16.")
@@ -652,77 +555,21 @@ def parse(argv):
         values["use_cpu"] |= not values["deepspeed"]  # or Trainer takes several processes for one
     values["precision"] = precision = min(asked, default=best)
     check(precision != impossible, f"--precision {precision} does not work here: {reason}.")
-    values.update(bf16=precision == "bf16", fp16=precision == "fp16", remove_unused_columns=False)
-    values.update(disable_tqdm=True, save_total_limit=None, accelerator_config=None)
-    if values["early_stopping_patience"] is not None:
-        when, steps = values["save_strategy"], values["save_steps"]
-        check(when in ("steps", "epoch"), "--early_stopping_patience needs --save_strategy steps.")
-        values.update(eval_strategy=when, eval_steps=steps, load_best_model_at_end=True)
-    script, training = parser.parse_dict(values)
-    script.reason, script.given = reason, given
-    return script, training, given
+    values.update(bf16=precision == "bf16", fp16=precision == "fp16")
+    return reason
 
 
-def check_arguments(script, training):
-    """Refuse what cannot work before anything is loaded, and what Trainer would not refuse."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name, value in script.given.items():
-        whys = [why for starts, why in REFUSED.items() if name.startswith(tuple(starts.split()))]
-        check(not whys, f"--{name} does not work here: {' '.join(whys)}.")
-        if isinstance(value, int | float):
-            is_count = name.endswith(("steps", "epochs", "size", "patience", "factor", "timeout"))
-            check(0 <= value < 2**32 and (value or not is_count), f"--{name} cannot be {value}.")
-    model, output_dir = Path(script.model_name_or_path), Path(training.output_dir).resolve()
-    is_name = len(model.parts) == 1 or (len(model.parts) == 2 and not model.parent.is_dir())
-    check(model.exists() or is_name, f"--model_name_or_path {model} is not here, nor a hub name.")
-    is_inside = model.resolve() in [output_dir, *output_dir.glob("checkpoint-*")]
-    check(not is_inside, "--output_dir holds the model to start from. Choose another --output_dir.")
-    is_hub = script.dataset_name is not None
-    check(is_hub != bool(script.train_file), "give one of --train_file and --dataset_name.")
-    for file in (script.train_file or []) + (script.validation_file or []):
-        check(Path(file).is_file(), f"{file} of --train_file or --validation_file is no file here.")
-    asked = training.do_eval or training.eval_on_start
-    check(is_hub or script.validation_file or not asked, "an evaluation needs --validation_file.")
-    wanted = script.given.get("eval_steps")
-    acts = not wanted or (training.eval_strategy == "steps" and training.eval_steps == wanted)
-    check(acts, "--eval_steps needs --eval_strategy steps; early stopping has its --save_steps.")
-    check(training.n_gpu < 2, f"type torchrun --standalone --nproc_per_node {training.n_gpu} ...")
-    launched = os.environ.get("WORLD_SIZE") == str(training.world_size) or not training.deepspeed
-    check(launched, "--deepspeed needs a launcher: torchrun --standalone --nproc_per_node 1 ...")
-    try:  # what Trainer would find only after loading
-        Trainer.get_optimizer_cls_and_kwargs(training)
-        if not training.deepspeed:  # which allows no second Trainer
-            trial = Trainer(torch.nn.Linear(1, 1), training, eval_dataset=[])
-            trial.accelerator.prepare_model(trial.model, evaluation_mode=True)  # compiles, if asked
-            trial.create_optimizer_and_scheduler(9)
-    except Exception as error:
-        fail(f"--optim {training.optim.value}, --lr_scheduler_type or another argument: {error}")
-    if training.deepspeed:
-        prepare_deepspeed(training)
-
-
-def prepare_deepspeed(training):
-    """Read its checkpoints without running code from them; let ZeRO-3 compare and save tensors."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    torch.serialization.add_safe_globals(known)
-    if is_deepspeed_zero3_enabled():
-        option = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-        gathers = training.hf_deepspeed_config.get_value(option)
-        check(gathers, f"ZeRO-3 would save no model. Set {option} in {training.deepspeed}.")
-
-        def equal(one, other):  # transformers compares emptied tensors, and ties heads that differ
-            with GatheredParameters([one, other]):
-                return torch.equal(one, other)
-
-        transformers.modeling_utils._tied_params_are_equal = equal
+def find_run(script, training, given):
+    """Return (checkpoint to go on from or None, record of this run)."""
+    if keep_run:
+        return keep_run.find_run(script, training, given, __file__)
+    output_dir, asked = Path(training.output_dir), training.resume_from_checkpoint
+    remedy = "put the directory `jobs` beside the one of this script"
+    is_new = not output_dir.exists() or not [*output_dir.iterdir()]
+    check(is_new, f"{output_dir} is not empty. Choose another --output_dir; to go on, {remedy}.")
+    check(not asked and not training.deepspeed, f"to resume, or for DeepSpeed, {remedy}.")
+    say("alone", f"once cut off, this run cannot go on, nor does it stop in time: {remedy}")
+    return None, {}
 
 
 def read_rows(source):
@@ -747,171 +594,6 @@ def read_rows(source):
         except Exception as error:  # of a damaged file, anything
             place = str(file) if isinstance(error, UnicodeError) else place
             fail(f"{place}: {error} (wanted: objects, one a line or in a list, in UTF-8; Parquet)")
-
-
-def check_lock(path):
-    """Refuse an output_dir in which another run lives: that touches the file `lock` there."""
-    if path.exists():
-        host, pid = [*path.read_text("utf-8").split(), "?", "?"][:2]
-        age, is_here = time.time() - path.stat().st_mtime, host == os.uname().nodename
-        is_gone = is_here and (pid == str(os.getpid()) or not Path("/proc", pid).exists())
-        wait = f"Take another, or wait {120 - age:.0f} s, if it was killed."
-        check(is_gone or age > 120, f"process {pid} on {host} is writing {path.parent}. {wait}")
-        path.unlink()
-
-
-def take_lock(path):
-    def keep_young():
-        while path.exists():
-            os.utime(path)
-            time.sleep(30)
-
-    with path.open("x") as file:  # of two that start at once, one fails
-        file.write(f"{os.uname().nodename} {os.getpid()} {os.environ.get('PBS_JOBID', '')}")
-    atexit.register(path.unlink, missing_ok=True)
-    threading.Thread(target=keep_young, daemon=True).start()
-
-
-def find_checkpoints(output_dir, run_id=None):
-    """checkpoint-<digits> in order, of a run those with its mark; other names are ignored."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    found = sorted((p for p in found if [*p.glob("*")]), key=lambda path: int(path.name[11:]))
-    if run_id is None:
-        return found
-    return [p for p in found if not p.is_symlink() and read_mark(p).get("run") == run_id]
-
-
-def remove(path):
-    """Remove a checkpoint, its mark last: what a kill leaves of it is still known as this run's."""
-    for file in sorted(path.iterdir(), key=lambda file: file.name == "run_id"):
-        shutil.rmtree(file) if file.is_dir() else file.unlink()
-    path.rmdir()
-
-
-def read_mark(path):
-    """The mark in a checkpoint: {"run": id} and, once it is complete, {"files": {name: bytes}}."""
-    with suppress(OSError, ValueError):
-        return dict(json.loads((path / "run_id").read_text("utf-8")))
-    return {}
-
-
-def what_lacks(path):
-    """What a checkpoint lacks to be complete, or None; one without a mark needs Trainer's state."""
-    if not (path / "run_id").exists():
-        return None if (path / "trainer_state.json").is_file() else "trainer_state.json"
-    for name, size in read_mark(path).get("files", {"the end of its save": 0}).items():
-        if not (path / name).is_file() or (path / name).stat().st_size != size:
-            return name
-    return None
-
-
-def find_complete(output_dir, run_id):
-    """The complete checkpoints in order; of this run, what a kill left behind is set aside."""
-    found = {path: what_lacks(path) for path in find_checkpoints(output_dir)}
-    for path, lacks in found.items():
-        mark = path / "run_id"
-        if lacks and run_id and mark.exists() and read_mark(path).get("run", run_id) == run_id:
-            say("incomplete", f"{path} lacks {lacks}: set aside as {path.name}.incomplete")
-            shutil.rmtree(f"{path}.incomplete", ignore_errors=True)  # of an earlier kill
-            mark.write_text(json.dumps({"run": run_id}))
-            path.rename(f"{path}.incomplete")
-    return [path for path, lacks in found.items() if not lacks]
-
-
-def describe_files(script):
-    """Use, name, size and sha256 of the data files, the chat template and this script."""
-    uses = [("train", file) for file in script.train_file or []]
-    uses += [("validation", file) for file in script.validation_file or []]
-    uses += [("template", file) for file in [script.chat_template or ""] if Path(file).is_file()]
-    described = []
-    for use, file in [*uses, ("script", __file__)]:
-        with Path(file).open("rb") as stream:
-            digest, size = hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
-        name = Path(file).name if use == "script" else file  # a copy elsewhere is the same
-        described.append({"use": use, "file": name, "bytes": size, "sha256": digest})
-    return described
-
-
-def what_changed(directory, training, given, data):
-    """Return (id of the run on record in a directory, what differs that may change a weight)."""
-    record = Path(directory, "run_args.yaml")
-    before = (yaml.safe_load(record.read_text("utf-8")) if record.is_file() else None) or {}
-    run = before.pop("run", None) or {}
-    needs = training.load_best_model_at_end or training.lr_scheduler_type in LED_BY_EVALUATION
-    free = FREE if needs else FREE + FREE_WITHOUT_BEST
-    names = sorted(name for name in {*before, *given} if not name.startswith(free))
-    pairs = [(name, before.get(name), given.get(name)) for name in names]
-    changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
-    was = run.get("data", data)
-    was, now = ([f for f in d if not f.get("use", "").startswith(free)] for d in (was, data))
-    if was != now:
-        changed.append("other data, chat template or another script")
-    return run.get("id"), changed
-
-
-def what_is_lost(checkpoint, training):
-    """Why training cannot go on from a checkpoint as if it had not stopped, as a list."""
-    ranks = len([*checkpoint.glob("rng_state*.pth")])
-    lost = [f"written by {ranks} processes"] if ranks != training.world_size else []
-    parts = ["scheduler.pt", "latest" if training.deepspeed else "optimizer.pt"]
-    return lost + [f"{part} is not there" for part in parts if not (checkpoint / part).is_file()]
-
-
-def find_run(script, training, given):
-    """Return (checkpoint to go on from or None, record of this run); ends if it is finished."""
-    output_dir, wanted = Path(training.output_dir), str(training.resume_from_checkpoint or "true")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    check(os.access(output_dir, os.W_OK), f"--output_dir {output_dir} cannot be written.")
-    advice = f"Choose another --output_dir than {output_dir}, or move what it holds."
-    data, is_finished = describe_files(script), (output_dir / "all_results.json").is_file()
-    is_first, lock = training.process_index == 0, output_dir / "lock"
-    if is_first:
-        check_lock(lock)
-    run_id, changed = what_changed(output_dir, training, given, data)
-    others = [] if run_id else ["config.json", "adapter_config.json"]
-    others = [name for name in others if (output_dir / name).exists()]
-    complete, resume = find_complete(output_dir, run_id if is_first else None), None
-    if wanted.lower() not in ("true", "false"):  # named: it may be another run's
-        resume, complete = Path(wanted), []
-        check(not what_lacks(resume), f"{resume} is no complete checkpoint: {what_lacks(resume)}.")
-        is_same = not run_id or resume.resolve().parent == output_dir.resolve()
-        check(is_same, f"it holds another run than the checkpoint's. {advice}")
-        changed = what_changed(resume.parent, training, given, data)[1]
-        changed += what_is_lost(resume, training)
-        say("not exact" if changed else "exact", "; ".join(changed) or "the same run")
-    elif is_finished or complete:
-        if wanted.lower() == "false":
-            changed.append("a new start")
-        check(not changed, f"it holds another run ({'; '.join(changed)}). {advice}")
-        if is_finished:
-            say("finished", f"{output_dir} holds this run's result")
-            raise SystemExit(0)
-        resume = complete[-1]
-        lost = what_is_lost(resume, training)
-        check(not lost, f"{resume} cannot be continued exactly: {', '.join(lost)}. {advice}")
-        training.restore_callback_states_from_checkpoint = True  # early stopping counts on
-    run_id = run_id if resume or not changed else None
-    run = {"id": run_id or os.urandom(4).hex(), "data": data}
-    ours = [*complete, *find_checkpoints(output_dir, run["id"])]
-    others += [path.name for path in find_checkpoints(output_dir) if path not in ours]
-    check(not others, f"{', '.join(others)} would be overwritten. {advice}")
-    if is_first:
-        take_lock(lock)
-    return resume and str(resume), run
-
-
-def check_disk(trainer):
-    """Refuse to start where the checkpoints to come do not fit."""
-    args, state = trainer.args, trainer.state
-    saves = (state.max_steps - state.global_step) // max(1, state.save_steps)
-    if args.save_strategy == "epoch":
-        saves = math.ceil(state.num_train_epochs - (state.epoch or 0))
-    there = find_checkpoints(args.output_dir, trainer.run_id)
-    saves = max(0, min(saves, trainer.keep + 1 - len(there)))
-    count = 1 if args.save_strategy == "no" else 1 + saves  # one more: the result
-    need, free = count * trainer.save_bytes, shutil.disk_usage(args.output_dir).free
-    problem = f"{count} checkpoints take {need / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
-    check(need < free, f"{problem}. Make room, or take --save_total_limit 1, larger --save_steps.")
 
 
 def load_tokenizer(script):
@@ -1027,7 +709,7 @@ def print_banner(script, trainer, run, resume):
 
 
 def begin(script, trainer, given, run, resume):
-    """Set and say what is done; record it, and with what, for whoever cites the run."""
+    """Say what is done, and hand the run to what keeps it."""
     args, model = trainer.args, trainer.model
     if hasattr(model, "get_nb_trainable_parameters"):  # PEFT knows of packed and of single rows
         trained, total = model.get_nb_trainable_parameters()
@@ -1036,35 +718,13 @@ def begin(script, trainer, given, run, resume):
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     run |= {"trainable_parameters": trained, "total_parameters": total, "device": device}
     print_banner(script, trainer, run, resume)
-    run["versions"] = {n: str(sys.modules[n].__version__) for n in PACKAGES if n in sys.modules}
-    git = "git describe --always --abbrev=40 --dirty --exclude '*'"  # no tags, the commit itself
-    here = Path(__file__).resolve().parent
-    done = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
-    run |= {"hostname": os.uname().nodename, "git_commit": done.stdout.strip() or None}
-    trainer.run_id, trainer.keep = run["id"], given.get("save_total_limit") or sys.maxsize
-    weights = trained if hasattr(model, "peft_config") else total
-    moments = (2 if "8bit" in args.optim else 8) + 4 * bool(args.deepspeed)
-    trainer.save_bytes = 4 * weights + moments * trained
-    if resume:
-        state = json.loads(Path(resume, "trainer_state.json").read_text("utf-8"))
-        times = [entry.get("eval_runtime", 0) for entry in state["log_history"]]
-        trainer.evaluating = max(times, default=0)  # in the jobs before, for StopInTime
-        trainer.first_step, epochs = state["global_step"], math.ceil(args.num_train_epochs)
-        last = state["max_steps"] * epochs / state["num_train_epochs"]
-        early = state["stateful_callbacks"].get("EarlyStoppingCallback", {}).get("attributes", {})
-        waited = early.get("early_stopping_patience_counter", 0)
-        is_early = script.early_stopping_patience and waited >= script.early_stopping_patience
-        if is_early or trainer.first_step >= (args.max_steps if args.max_steps > 0 else last):
-            args.max_steps, args.num_train_epochs = -1, int(state["epoch"])  # or one step more
-    trainer.began = trainer.last = time.time()
-    trainer.remove_callback(transformers.PrinterCallback)
     model.config.use_cache = True  # for whoever loads the result; batches say False
-    if trainer.is_world_process_zero():
-        record = yaml.safe_dump({**given, "run": run}, sort_keys=False, allow_unicode=True)
-        new = Path(args.output_dir, "run_args.yaml.new")  # a full disk must not spoil the old one
-        new.write_text(record, "utf-8")
-        new.replace(new.with_suffix(""))
-        Path(args.output_dir, "all_results.json").unlink(missing_ok=True)
+    trainer.remove_callback(transformers.PrinterCallback)
+    if script.early_stopping_patience is not None:
+        trainer.add_callback(transformers.EarlyStoppingCallback(script.early_stopping_patience))
+    if keep_run:
+        trainer.add_callback(keep_run.KeepRun(trainer, given, run, resume))
+    trainer.began = trainer.last = time.time()
 
 
 def save_results(trainer, run):
@@ -1083,7 +743,6 @@ def save_results(trainer, run):
     results |= {"train_tokens_per_second": speed, "peak_memory_gib": memory}
     results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     trainer.save_metrics("all", results, combined=False)
-    Path(trainer.args.output_dir, "lock").unlink(missing_ok=True)
     speed = f"{count:,} steps, {seconds:,.0f} s, {speed:,.0f} tok/s"
     say("done", f"loss {loss:.4f}, {speed}, peak {memory:.2f} GiB")
 

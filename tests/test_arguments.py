@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import check_arguments
 import pytest
 import torch
 from conftest import ROOT, load_script
@@ -100,9 +101,7 @@ def base(checkpoints, train_file, tmp_path_factory):
 def test_every_field_has_a_kind():
     """A newer transformers shows here what it added and what it dropped."""
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    advice = (
-        "try each, sort it into KINDS, and into REFUSED of finetune_full.py if it cannot be kept"
-    )
+    advice = "try each, sort it into KINDS, and into REFUSED of jobs/check_arguments.py if it cannot be kept"
     assert not fields - set(KINDS), f"new in transformers: {advice}"
     assert not set(KINDS) - fields, "gone from transformers: take them out of KINDS"
 
@@ -111,7 +110,7 @@ def test_every_field_has_a_kind():
 def test_the_table_names_what_is_refused(name):
     """The beginnings in the script stand for these fields, for no other and for none of the script's own arguments."""
     script = load_script(SCRIPTS[name])
-    starts = tuple(start for starts in script.REFUSED for start in starts.split())
+    starts = tuple(start for starts in check_arguments.REFUSED for start in starts.split())
     by_argparse = {"liger_kernel_config", "parallelism_config"}  # no text can be such a value
     refused = {field for field in KINDS if field.startswith(starts)}
     wanted = {field for field, kind in KINDS.items() if kind == "refused"} - by_argparse

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import keep_run
 import pytest
 import torch
 import yaml
@@ -50,14 +51,14 @@ def start(script, *words):
 
 def stop_at(monkeypatch, script, step, ask):
     """Let ask() be called when this step is done, before the run looks whether it is asked to stop."""
-    look = script.StopInTime.on_step_end
+    look = keep_run.KeepRun.on_step_end
 
     def ask_and_look(self, args, state, control, **kwargs):
         if state.global_step == step:
             ask()
         look(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(script.StopInTime, "on_step_end", ask_and_look)
+    monkeypatch.setattr(keep_run.KeepRun, "on_step_end", ask_and_look)
 
 
 def same(one, other):
@@ -106,8 +107,8 @@ def test_stopped_and_resumed_is_not_stopped(
             error = capsys.readouterr().err
         assert "stopped    " in error and "goes on" in error
         assert not (out / "STOP").exists() and not (out / "lock").exists()
-        newest = script.find_checkpoints(out)[-1]
-        assert not script.what_lacks(newest)
+        newest = keep_run.find_checkpoints(out)[-1]
+        assert not keep_run.what_lacks(newest)
     assert start(script, *words, "--output_dir", out) == 0
     assert same(tmp_path / "whole", out)
     cut = json.loads((out / "all_results.json").read_text())
@@ -234,13 +235,13 @@ def test_only_the_first_rank_sets_aside_and_only_this_run_s(script, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run_id").write_text(mark)
     for run_id in (None, "other"):  # another rank, or no record; another run
-        assert script.find_complete(tmp_path, run_id) == []
+        assert keep_run.find_complete(tmp_path, run_id) == []
         assert (tmp_path / "checkpoint-1").is_dir()
         assert (tmp_path / "checkpoint-2").is_dir() or run_id
         (tmp_path / "checkpoint-2.incomplete").exists() and shutil.move(
             tmp_path / "checkpoint-2.incomplete", tmp_path / "checkpoint-2"
         )
-    script.find_complete(tmp_path, "ours")
+    keep_run.find_complete(tmp_path, "ours")
     assert (tmp_path / "checkpoint-1.incomplete").is_dir()
 
 
@@ -309,15 +310,15 @@ def test_an_evaluation_to_come_still_counts_after_a_save(script, words, tmp_path
     mark["files"]["trainer_state.json"] = state.stat().st_size
     (state.parent / "run_id").write_text(json.dumps(mark))
     monkeypatch.setenv("DEADLINE", str(time.time() + 900))
-    kept = script.StopInTime.on_epoch_end
+    kept = keep_run.KeepRun.look
 
-    def after_a_save(self, args, state, control, **kwargs):
+    def after_a_save(self, args, state, control):
         if state.global_step > 5:
-            kept(self, args, state, control, **kwargs)
+            kept(self, args, state, control)
 
-    monkeypatch.setattr(script.StopInTime, "on_epoch_end", after_a_save)
+    monkeypatch.setattr(keep_run.KeepRun, "look", after_a_save)
     assert start(script, *words) == 75
-    assert script.find_checkpoints(tmp_path / "out")[-1].name == "checkpoint-6"
+    assert keep_run.find_checkpoints(tmp_path / "out")[-1].name == "checkpoint-6"
 
 
 def test_evaluations_change_no_weight(script, words, tmp_path):
@@ -377,13 +378,13 @@ def test_a_full_disk(script, words, tmp_path, capsys):
         # Somebody else fills the disk in the meantime: it looked large enough at the start.
         words += ["--save_total_limit", "1"]
         (disk / "other").write_bytes(b"1" * (shutil.disk_usage(disk).free - 800_000))
-        kept, script.check_disk = script.check_disk, lambda trainer: None
+        kept, keep_run.KeepRun.check_disk = keep_run.KeepRun.check_disk, lambda *_: None
         status = start(script, *words, "--output_dir", disk / "out")
-        script.check_disk = kept
+        keep_run.KeepRun.check_disk = kept
         captured = capsys.readouterr()
         assert status == 75 and "the disk is full, the last checkpoint is whole" in captured.err
         (left,) = (disk / "out").glob("checkpoint*")
-        assert not script.what_lacks(left)
+        assert not keep_run.what_lacks(left)
         subprocess.run([*mount[:1], "-o", "remount,size=20m", str(disk)], check=True)
         assert start(script, *words, "--output_dir", disk / "out") == 0
         assert f"resume     {left}" in capsys.readouterr().out
@@ -424,7 +425,7 @@ def test_two_runs_in_one_directory(script, words, tmp_path, monkeypatch, capsys)
     lock.write_text("")  # of a crash
     assert "is writing" in refused_plainly(script, capsys, *words)
     with monkeypatch.context() as patch:  # of two that looked at the same moment
-        patch.setattr(script, "check_lock", lambda path: None)
+        patch.setattr(keep_run, "check_lock", lambda path: None)
         assert "exists" in refused_plainly(script, capsys, *words)
     assert lock.exists()
 
@@ -432,8 +433,8 @@ def test_two_runs_in_one_directory(script, words, tmp_path, monkeypatch, capsys)
 def test_a_lock_is_kept_young(script, tmp_path, monkeypatch):
     naps = iter([0.01] * 50 + [60])
     sleep = time.sleep
-    monkeypatch.setattr(script.time, "sleep", lambda _: sleep(next(naps, 60)))
-    script.take_lock(tmp_path / "lock")
+    monkeypatch.setattr(time, "sleep", lambda _: sleep(next(naps, 60)))
+    keep_run.take_lock(tmp_path / "lock")
     os.utime(tmp_path / "lock", (0, 0))
     end = time.monotonic() + 20
     while (tmp_path / "lock").stat().st_mtime < 1e6:
@@ -512,15 +513,16 @@ def test_deadlines(script, monkeypatch):
         ("1795642947.5", 1795642947.5),
     ):
         monkeypatch.setenv("DEADLINE", text)
-        assert script.read_deadline() == other.read_deadline() == expected
+        assert keep_run.read_deadline() == other.read_deadline() == expected
     for minutes in (-1, 1, 600):  # a minute ago means tomorrow
         moment = time.localtime(time.mktime(now) + 60 * minutes)
         monkeypatch.setenv("DEADLINE", time.strftime("%H:%M", moment))
-        seconds = script.read_deadline() - time.time()
-        assert other.read_deadline() == script.read_deadline()
+        seconds = keep_run.read_deadline() - time.time()
+        assert other.read_deadline() == keep_run.read_deadline()
         assert 0 < seconds <= 24 * 3600 + 3600
         assert (
-            time.strftime("%H:%M", time.localtime(script.read_deadline())) == os.environ["DEADLINE"]
+            time.strftime("%H:%M", time.localtime(keep_run.read_deadline()))
+            == os.environ["DEADLINE"]
         )
 
 

@@ -1,0 +1,130 @@
+"""Refuse arguments with which a training script would do nothing, or another thing than it says.
+
+The training scripts import this file where `jobs` lies beside their directory. All is checked
+before anything is loaded; each refusal is one line, and exit code 2.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import Trainer, modeling_utils
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+# Trainer's options that would do nothing here, or harm in silence, by their beginnings; what to do.
+REFUSED = {
+    "accelerator_ auto_find bf16_full debug disable_ do_train do_predict": "leave it out",
+    "fp16_full label_ optim_ skip_memory use_cache use_liger": "leave it out",
+    "dataloader_multi dataloader_persist": "workers must end with the script, come what may",
+    "batch_eval eval_acc eval_do eval_use include_for": "an evaluation gives the loss alone",
+    "average dataloader_drop dataloader_in_ ignore_data length_": "each token counts, once",
+    "enable_jit save_on_each save_only": "a checkpoint must be whole, and in one place",
+    "fsdp": "take --deepspeed ../deepspeed_configs/zero3.json",
+    "greater metric_for": "leave it out: the best model is the one of the lowest loss",
+    "hub_ push_to_hub": "upload the result afterwards: hf upload NAME OUTPUT_DIR",
+}
+GONE = {
+    "--packing": "leave it out, it was never faster",
+    "--packing_length": "leave it out",
+    "--load_in_8bit": "type finetune_lora.py --lora_target_modules none --modules_to_save lm_head "
+    "--load_in_8bit true",
+}
+
+
+# Copied from finetune_full/finetune_full.py
+def say(name, text):
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name:<11}{text}", flush=True)
+
+
+# Copied from finetune_full/finetune_full.py
+def fail(message, every_rank=False):
+    """One line on stderr and exit code 2; of several ranks the first one speaks."""
+    if every_rank or os.environ.get("RANK", "0") == "0":
+        print("error:", " ".join(str(message).split())[:600], file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # torchrun ends all ranks when one leaves
+    raise SystemExit(2)
+
+
+# Copied from finetune_full/finetune_full.py
+def check(condition, message):
+    if not condition:
+        fail(message)
+
+
+def refuse(message):
+    """The parser's error; for an option that is gone, what to type instead."""
+    words = message.split() if message.startswith("unrecognized") else []
+    for name in {word.partition("=")[0] for word in words} & set(GONE):
+        fail(f"{name} is gone: {GONE[name]}.")
+    fail(message)
+
+
+def check_arguments(script, training, given):
+    """Refuse what cannot work, and what Trainer would not refuse.
+
+    `given` are the arguments that are not the default, by name.
+    """
+    for name, value in given.items():
+        whys = [why for starts, why in REFUSED.items() if name.startswith(tuple(starts.split()))]
+        check(not whys, f"--{name} does not work here: {' '.join(whys)}.")
+        if isinstance(value, int | float):
+            is_count = name.endswith(("steps", "epochs", "size", "patience", "factor", "timeout"))
+            check(0 <= value < 2**32 and (value or not is_count), f"--{name} cannot be {value}.")
+    model, output_dir = Path(script.model_name_or_path), Path(training.output_dir).resolve()
+    is_name = len(model.parts) == 1 or (len(model.parts) == 2 and not model.parent.is_dir())
+    check(model.exists() or is_name, f"--model_name_or_path {model} is not here, nor a hub name.")
+    is_inside = model.resolve() in [output_dir, *output_dir.glob("checkpoint-*")]
+    check(not is_inside, "--output_dir holds the model to start from. Choose another --output_dir.")
+    check_data(script, training, given)
+    check(training.n_gpu < 2, f"type torchrun --standalone --nproc_per_node {training.n_gpu} ...")
+    launched = os.environ.get("WORLD_SIZE") == str(training.world_size) or not training.deepspeed
+    check(launched, "--deepspeed needs a launcher: torchrun --standalone --nproc_per_node 1 ...")
+    try:  # what Trainer would find only after loading
+        Trainer.get_optimizer_cls_and_kwargs(training)
+        if not training.deepspeed:  # which allows no second Trainer
+            trial = Trainer(torch.nn.Linear(1, 1), training, eval_dataset=[])
+            trial.accelerator.prepare_model(trial.model, evaluation_mode=True)  # compiles, if asked
+            trial.create_optimizer_and_scheduler(9)
+    except Exception as error:
+        fail(f"--optim {training.optim.value}, --lr_scheduler_type or another argument: {error}")
+    if training.deepspeed:
+        prepare_deepspeed(training)
+
+
+def prepare_deepspeed(training):
+    """Read its checkpoints without running code from them; let ZeRO-3 compare and save tensors."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    torch.serialization.add_safe_globals(known)
+    if is_deepspeed_zero3_enabled():
+        option = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        gathers = training.hf_deepspeed_config.get_value(option)
+        check(gathers, f"ZeRO-3 would save no model. Set {option} in {training.deepspeed}.")
+
+        def equal(one, other):  # transformers compares emptied tensors, and ties heads that differ
+            with GatheredParameters([one, other]):
+                return torch.equal(one, other)
+
+        modeling_utils._tied_params_are_equal = equal
+
+
+def check_data(script, training, given):
+    """Refuse files that are not there, and evaluations without rows or of no effect."""
+    is_hub = script.dataset_name is not None
+    check(is_hub != bool(script.train_file), "give one of --train_file and --dataset_name.")
+    for file in (script.train_file or []) + (script.validation_file or []):
+        check(Path(file).is_file(), f"{file} of --train_file or --validation_file is no file here.")
+    asked = training.do_eval or training.eval_on_start
+    check(is_hub or script.validation_file or not asked, "an evaluation needs --validation_file.")
+    wanted = given.get("eval_steps")
+    acts = not wanted or (training.eval_strategy == "steps" and training.eval_steps == wanted)
+    check(acts, "--eval_steps needs --eval_strategy steps; early stopping has its --save_steps.")

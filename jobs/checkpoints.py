@@ -1,0 +1,73 @@
+"""Checkpoints of a run, by their marks.
+
+A run has an id. A checkpoint bears a mark with it, the file run_id: written before all else, and
+completed with the names and sizes of the files when these are on the disk. Only what bears a run's
+own mark is ever set aside or removed; a checkpoint without a mark is somebody else's.
+"""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from check_arguments import say
+
+
+def find_checkpoints(output_dir, run_id=None):
+    """checkpoint-<digits> in order, of a run those with its mark; other names are ignored."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    found = sorted((p for p in found if [*p.glob("*")]), key=lambda path: int(path.name[11:]))
+    if run_id is None:
+        return found
+    return [p for p in found if not p.is_symlink() and read_mark(p).get("run") == run_id]
+
+
+def find_complete(output_dir, run_id):
+    """The complete checkpoints in order; of this run, what a kill left behind is set aside."""
+    found = {path: what_lacks(path) for path in find_checkpoints(output_dir)}
+    for path, lacks in found.items():
+        mark = path / "run_id"
+        if lacks and run_id and mark.exists() and read_mark(path).get("run", run_id) == run_id:
+            say("incomplete", f"{path} lacks {lacks}: set aside as {path.name}.incomplete")
+            shutil.rmtree(f"{path}.incomplete", ignore_errors=True)  # of an earlier kill
+            mark.write_text(json.dumps({"run": run_id}))
+            path.rename(f"{path}.incomplete")
+    return [path for path, lacks in found.items() if not lacks]
+
+
+def what_lacks(path):
+    """What a checkpoint lacks to be complete, or None; one without a mark needs Trainer's state."""
+    if not (path / "run_id").exists():
+        return None if (path / "trainer_state.json").is_file() else "trainer_state.json"
+    for name, size in read_mark(path).get("files", {"the end of its save": 0}).items():
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            return name
+    return None
+
+
+def read_mark(path):
+    """The mark in a checkpoint: {"run": id} and, once it is complete, {"files": {name: bytes}}."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads((path / "run_id").read_text("utf-8")))
+    return {}
+
+
+def write_mark(path, run_id, is_complete=False):
+    """Mark a checkpoint as this run's; as complete when all its files are on the disk."""
+    mark = {"run": run_id}
+    if is_complete:
+        os.sync()
+        files = [file for file in path.rglob("*") if file.is_file() and file.name != "run_id"]
+        mark["files"] = {str(file.relative_to(path)): file.stat().st_size for file in files}
+    path.mkdir(exist_ok=True)
+    (path / "run_id").write_text(json.dumps(mark))
+    if is_complete:
+        os.sync()
+
+
+def remove(path):
+    """Remove a checkpoint, its mark last: what a kill leaves of it is still known as this run's."""
+    for file in sorted(path.iterdir(), key=lambda file: file.name == "run_id"):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    path.rmdir()

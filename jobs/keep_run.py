@@ -1,0 +1,311 @@
+"""Keep a training run: it goes on where it was cut off, stops in time, and harms no file of yours.
+
+The training scripts import this file where `jobs` lies beside their directory: find_run() comes
+before anything is loaded, KeepRun is a callback of the Trainer. A run is its run_args.yaml: an id,
+the arguments, the data.
+"""
+
+import atexit
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import transformers
+import yaml
+from check_arguments import check, check_arguments, fail, refuse, say  # noqa: F401 -- for scripts
+from checkpoints import find_checkpoints, find_complete, read_mark, remove, what_lacks, write_mark
+
+PACKAGES = "torch transformers tokenizers datasets accelerate peft deepspeed bitsandbytes".split()
+FULL = ("No space left", "Disk quota exceeded", "inline_container")  # the last is torch.save's
+# Arguments that change no weight, by their beginnings; some only where no evaluation matters.
+LED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+FREE = ("output_dir", "resume_from", "ddp_timeout", "log", "report_to", "run_name", "dataloader_")
+FREE_WITHOUT_BEST = ("eval_", "save_", "per_device_eval", "validation")
+
+
+# ---- Before anything is loaded ----
+
+
+def find_run(script, training, given, source):
+    """Return (checkpoint to go on from or None, record of this run); ends if it is finished.
+
+    `given` are the arguments that are not the default, `source` is the training script's file. The
+    first process of a node looks first, and takes the lock.
+    """
+    training.deadline = read_deadline()
+    with training.main_process_first(local=False):
+        return _find_run(script, training, given, source)
+
+
+def _find_run(script, training, given, source):
+    output_dir, wanted = Path(training.output_dir), str(training.resume_from_checkpoint or "true")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    check(os.access(output_dir, os.W_OK), f"--output_dir {output_dir} cannot be written.")
+    advice = f"Choose another --output_dir than {output_dir}, or move what it holds."
+    data, is_finished = describe(script, source), (output_dir / "all_results.json").is_file()
+    is_first, lock = training.process_index == 0, output_dir / "lock"
+    if is_first:
+        check_lock(lock)
+    run_id, changed = what_changed(output_dir, training, given, data)
+    others = [] if run_id else ["config.json", "adapter_config.json"]
+    others = [name for name in others if (output_dir / name).exists()]
+    complete, resume = find_complete(output_dir, run_id if is_first else None), None
+    if wanted.lower() not in ("true", "false"):  # named: it may be another run's
+        resume, complete = Path(wanted), []
+        check(not what_lacks(resume), f"{resume} is no complete checkpoint: {what_lacks(resume)}.")
+        is_same = not run_id or resume.resolve().parent == output_dir.resolve()
+        check(is_same, f"it holds another run than the checkpoint's. {advice}")
+        changed = what_changed(resume.parent, training, given, data)[1]
+        changed += what_is_lost(resume, training)
+        say("not exact" if changed else "exact", "; ".join(changed) or "the same run")
+    elif is_finished or complete:
+        if wanted.lower() == "false":
+            changed.append("a new start")
+        check(not changed, f"it holds another run ({'; '.join(changed)}). {advice}")
+        if is_finished:
+            say("finished", f"{output_dir} holds this run's result")
+            raise SystemExit(0)
+        resume = complete[-1]
+        lost = what_is_lost(resume, training)
+        check(not lost, f"{resume} cannot be continued exactly: {', '.join(lost)}. {advice}")
+        training.restore_callback_states_from_checkpoint = True  # early stopping counts on
+    run_id = run_id if resume or not changed else None
+    run = {"id": run_id or os.urandom(4).hex(), "data": data}
+    ours = [*complete, *find_checkpoints(output_dir, run["id"])]
+    others += [path.name for path in find_checkpoints(output_dir) if path not in ours]
+    check(not others, f"{', '.join(others)} would be overwritten. {advice}")
+    if is_first:
+        take_lock(lock)
+    git = "git describe --always --abbrev=40 --dirty --exclude '*'"  # no tags: the commit
+    here = Path(source).resolve().parent
+    done = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
+    run |= {"hostname": os.uname().nodename, "git_commit": done.stdout.strip() or None}
+    return resume and str(resume), run
+
+
+def describe(script, source):
+    """Use, name, size and sha256 of the data files, the chat template and the training script."""
+    uses = [("train", file) for file in script.train_file or []]
+    uses += [("validation", file) for file in script.validation_file or []]
+    uses += [("template", file) for file in [script.chat_template or ""] if Path(file).is_file()]
+    described = []
+    for use, file in [*uses, ("script", source)]:
+        with Path(file).open("rb") as stream:
+            digest, size = hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
+        name = Path(file).name if use == "script" else file  # a copy elsewhere is the same
+        described.append({"use": use, "file": name, "bytes": size, "sha256": digest})
+    return described
+
+
+def what_changed(directory, training, given, data):
+    """Return (id of the run on record in a directory, what differs that may change a weight)."""
+    record = Path(directory, "run_args.yaml")
+    before = (yaml.safe_load(record.read_text("utf-8")) if record.is_file() else None) or {}
+    run = before.pop("run", None) or {}
+    needs = training.load_best_model_at_end or training.lr_scheduler_type in LED_BY_EVALUATION
+    free = FREE if needs else FREE + FREE_WITHOUT_BEST
+    names = sorted(name for name in {*before, *given} if not name.startswith(free))
+    pairs = [(name, before.get(name), given.get(name)) for name in names]
+    changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
+    was = run.get("data", data)
+    was, now = ([f for f in d if not f.get("use", "").startswith(free)] for d in (was, data))
+    if was != now:
+        changed.append("other data, chat template or another script")
+    return run.get("id"), changed
+
+
+def what_is_lost(checkpoint, training):
+    """Why training cannot go on from a checkpoint as if it had not stopped, as a list."""
+    ranks = len([*checkpoint.glob("rng_state*.pth")])
+    lost = [f"written by {ranks} processes"] if ranks != training.world_size else []
+    parts = ["scheduler.pt", "latest" if training.deepspeed else "optimizer.pt"]
+    return lost + [f"{part} is not there" for part in parts if not (checkpoint / part).is_file()]
+
+
+def read_deadline():
+    """$DEADLINE as seconds since the epoch; given as HH:MM it is the next such time."""
+    text, now = os.environ.get("DEADLINE") or "inf", time.localtime()
+    with suppress(ValueError):
+        if ":" in text:
+            hour, minute = time.strptime(text, "%H:%M")[3:5]
+            is_over = (hour, minute) <= (now.tm_hour, now.tm_min)
+            return time.mktime((*now[:2], now.tm_mday + is_over, hour, minute, 0, 0, 0, -1))
+        if float(text) >= 0:
+            return float(text)
+    return fail(f"DEADLINE={text} is neither HH:MM nor seconds since the epoch.")
+
+
+def check_lock(path):
+    """Refuse an output_dir in which another run lives: that touches the file `lock` there."""
+    if path.exists():
+        host, pid = [*path.read_text("utf-8").split(), "?", "?"][:2]
+        age, is_here = time.time() - path.stat().st_mtime, host == os.uname().nodename
+        is_gone = is_here and (pid == str(os.getpid()) or not Path("/proc", pid).exists())
+        wait = f"Take another, or wait {120 - age:.0f} s, if it was killed."
+        check(is_gone or age > 120, f"process {pid} on {host} is writing {path.parent}. {wait}")
+        path.unlink()
+
+
+def take_lock(path):
+    """Write host, process and job into the lock, and touch it for as long as this run lives."""
+
+    def keep_young():
+        while path.exists():
+            os.utime(path)
+            time.sleep(30)
+
+    with path.open("x") as file:  # of two that start at once, one fails
+        file.write(f"{os.uname().nodename} {os.getpid()} {os.environ.get('PBS_JOBID', '')}")
+    atexit.register(path.unlink, missing_ok=True)
+    threading.Thread(target=keep_young, daemon=True).start()
+
+
+# ---- While it trains ----
+
+
+class KeepRun(transformers.TrainerCallback):
+    """Records a run, marks its checkpoints, ends it in time: by $DEADLINE, SIGTERM, a file STOP."""
+
+    def __init__(self, trainer, given, run, resume):
+        args, self.trainer, self.run_id = trainer.args, trainer, run["id"]
+        self.keep = given.get("save_total_limit") or sys.maxsize
+        weights, trained = run["total_parameters"], run["trainable_parameters"]
+        moments = (2 if "8bit" in args.optim else 8) + 4 * bool(args.deepspeed)
+        if hasattr(trainer.model, "peft_config"):
+            weights = trained
+        self.save_bytes = 4 * weights + moments * trained
+        self.reason, self.is_agreed, self.evaluating = None, False, 0
+        self.saving, self.longest, self.last = self.save_bytes / 5e8, 0, time.time()  # 0.5 GB/s
+        if resume:
+            self.go_on(resume, given)
+        if trainer.is_world_process_zero():
+            self.record(given, run)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "reason", "SIGTERM"))
+
+    def go_on(self, resume, given):
+        """What Trainer does not take from a checkpoint; without the end, it takes a step more."""
+        args, patience = self.trainer.args, given.get("early_stopping_patience", math.inf)
+        state = json.loads(Path(resume, "trainer_state.json").read_text("utf-8"))
+        times = [entry.get("eval_runtime", 0) for entry in state["log_history"]]
+        self.evaluating = max(times, default=0)  # in the jobs before
+        self.trainer.first_step, epochs = state["global_step"], math.ceil(args.num_train_epochs)
+        last = state["max_steps"] * epochs / state["num_train_epochs"]
+        last = args.max_steps if args.max_steps > 0 else last
+        early = state["stateful_callbacks"].get("EarlyStoppingCallback", {}).get("attributes", {})
+        waited = early.get("early_stopping_patience_counter", 0)
+        if waited >= patience or state["global_step"] >= last:
+            args.max_steps, args.num_train_epochs = -1, int(state["epoch"])
+
+    def record(self, given, run):
+        """Write run_args.yaml: the arguments, the data, and what the run is done with."""
+        run["versions"] = {n: str(sys.modules[n].__version__) for n in PACKAGES if n in sys.modules}
+        output_dir = Path(self.trainer.args.output_dir)
+        new = output_dir / "run_args.yaml.new"  # a full disk must not spoil the old one
+        text = yaml.safe_dump({**given, "run": run}, sort_keys=False, allow_unicode=True)
+        new.write_text(text, "utf-8")
+        new.replace(new.with_suffix(""))
+        (output_dir / "all_results.json").unlink(missing_ok=True)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # The checkpoint to go on from is read: what a kill left behind it is of no use any more.
+        for path in Path(args.output_dir).glob("checkpoint-*.incomplete"):
+            if read_mark(path).get("run") == self.run_id and state.is_world_process_zero:
+                remove(path)
+        self.check_disk(args, state)
+
+    def check_disk(self, args, state):
+        """Refuse to start where the checkpoints to come do not fit."""
+        saves = (state.max_steps - state.global_step) // max(1, state.save_steps)
+        if args.save_strategy == "epoch":
+            saves = math.ceil(state.num_train_epochs - (state.epoch or 0))
+        there = find_checkpoints(args.output_dir, self.run_id)
+        saves = max(0, min(saves, self.keep + 1 - len(there)))
+        count = 1 if args.save_strategy == "no" else 1 + saves  # one more: the result
+        need, free = count * self.save_bytes, shutil.disk_usage(args.output_dir).free
+        problem = f"{count} checkpoints take {need / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
+        advice = "Make room, or take --save_total_limit 1, larger --save_steps."
+        check(need < free, f"{problem}. {advice}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.epoch % 1 and state.global_step < state.max_steps:  # else on_epoch_end follows
+            self.look(args, state, control)
+        self.mark(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.look(args, state, control)
+        self.mark(args, state, control)
+
+    def look(self, args, state, control):
+        """Let all processes agree whether this step is the last one of this job."""
+        now, accelerator = time.time(), self.trainer.accelerator
+        self.longest, self.last = max(self.longest, now - self.last), now
+        needed = 10 + self.saving + self.evaluating + 2 * self.longest
+        if accelerator.is_main_process and Path(args.output_dir, "STOP").exists():
+            self.reason = "STOP"
+        elif accelerator.is_main_process and now + needed > args.deadline:
+            self.reason = "DEADLINE"
+        if self.reason:
+            accelerator.set_trigger()
+        if accelerator.check_trigger():  # the same on all ranks
+            self.is_agreed = control.should_save = True
+
+    def mark(self, args, state, control):
+        """Put this run's mark into a checkpoint before anybody writes to it."""
+        if control.should_save:
+            if args.should_save:
+                path = Path(args.output_dir, f"checkpoint-{state.global_step}")
+                write_mark(path, self.run_id)
+            self.trainer.accelerator.wait_for_everyone()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saving = 0  # from now on it is in the longest step
+        self.trainer.accelerator.wait_for_everyone()  # all have written
+        if args.should_save:
+            path = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            write_mark(path, self.run_id, is_complete=True)
+            for old in find_checkpoints(path.parent, self.run_id)[: -self.keep]:
+                if old != Path(state.best_model_checkpoint or ""):
+                    remove(old)
+        if self.is_agreed:
+            for name in ("STOP", "lock") if state.is_world_process_zero else ():
+                Path(args.output_dir, name).unlink(missing_ok=True)
+            leave(f"by {self.reason or 'SIGTERM'} after step {state.global_step}, which is saved")
+
+
+def leave(text, alone=False):
+    """End an unfinished run with status 75; under run_ranks.py with 0, which gives the job 75."""
+    if alone or os.environ.get("RANK", "0") == "0":
+        text = f"{' '.join(text.split())[:600]}. The same command or job goes on from there."
+        sys.stderr.write(f"stopped    {text}\n")  # in one piece, for run_ranks.py
+    if torch.distributed.is_initialized() and not alone:
+        torch.distributed.destroy_process_group()  # or a rank may end by SIGABRT
+    raise SystemExit(0 if "RUN_RANKS" in os.environ and not alone else 75)
+
+
+@contextmanager
+def hold(training, run):
+    """Around the training: free the lock at its end; explain in a line what its user can mend."""
+    try:
+        yield
+    except UnpicklingError:
+        fail("a checkpoint holds a file that is more than data. Nothing of it was run.")
+    except Exception as error:
+        if not any(words in str(error) for words in FULL):
+            raise
+        for path in find_checkpoints(training.output_dir, run["id"]):
+            if what_lacks(path):
+                remove(path)
+        leave(f"the disk is full, the last checkpoint is whole: {error}", alone=True)
+    if training.process_index == 0:
+        Path(training.output_dir, "lock").unlink(missing_ok=True)
