@@ -12,17 +12,20 @@ Follows   https://huggingface.co/docs/transformers/llm_tutorial
 """
 
 import argparse
-import fcntl
-import hashlib
 import json
 import logging
 import os
-import signal
 import sys
 import time
 import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
+try:  # what lets answers to a file go on where they were cut off, and stop in time
+    import keep_answers
+except ModuleNotFoundError:
+    keep_answers = None  # this file was copied alone: it answers from start to end
 
 # ---- 1. Settings ----
 
@@ -279,8 +282,6 @@ def main(argv=None):
         form, rows, prompts = read_prompts(args, tokenizer)
         if args.prompt_file:
             claim_output(args, precision, prompts)
-            signal.signal(signal.SIGTERM, lambda *_: setattr(args, "deadline", 0))
-            stop_if_asked(args)
         model = load_model(args, precision, tokenizer)
         set_generation(args, model, tokenizer, is_chat=form != "prompt")
     except Exception as error:  # damaged files can raise anything
@@ -334,7 +335,8 @@ def answer_file(args, model, tokenizer, rows, prompts):
     before, order = len(answers), sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     while len(answers) < len(rows):
         first, start = len(answers), time.time()
-        stop_if_asked(args, slowest, f"{first:,} of {len(rows):,} rows are answered; ")
+        if keep_answers:
+            keep_answers.stop_if_asked(args, slowest, f"{first:,} of {len(rows):,} rows; ")
         fits = len(prompts[order[first]]) + args.max_new_tokens <= args.positions
         size = args.batch_size if fits else 1  # padding would take room from shorter prompts
         batch = [prompts[i] for i in order[first : first + size]]
@@ -359,16 +361,6 @@ def answer_file(args, model, tokenizer, rows, prompts):
     note("done", f"{done} {speed}; {cut:,} answers cut off before a stop token")
 
 
-def stop_if_asked(args, seconds=0, done=""):
-    """Leave with 75, "not finished", where a batch of so many seconds must not begin any more."""
-    file, until = Path(args.output_file).resolve().with_name("STOP"), args.deadline
-    if file.exists() or time.time() + seconds + 10 > until:
-        why = file if file.exists() else f"DEADLINE {time.ctime(until)}" if until else "SIGTERM"
-        file.unlink(missing_ok=True)
-        note("stopped", f"by {why}; {done}to go on, type the same command or submit the same job")
-        raise SystemExit(75)
-
-
 # ---- 5. Guard rails: no need to read ----
 
 
@@ -391,17 +383,6 @@ def boolean(text):
     return ("false", "true").index(text.lower()) == 1
 
 
-def read_deadline():
-    """DEADLINE, in seconds since the epoch: given so, or as HH:MM, the next such time."""
-    text, today = os.environ.get("DEADLINE") or "inf", time.localtime()[:3]
-    with suppress(ValueError):
-        if ":" not in text and float(text) >= 0:
-            return float(text)
-        at = time.mktime((*today, *time.strptime(text, "%H:%M")[3:6], 0, 0, -1))
-        return at if at > time.time() else at + 24 * 3600
-    return fail(f"DEADLINE={text} is no time: type 18:30, or seconds since 1970 (date +%s).")
-
-
 def check_arguments(args):
     """Refuse what cannot work before anything is loaded; finds the base of an adapter."""
     file, name = args.prompt_file, args.model_name_or_path
@@ -409,7 +390,6 @@ def check_arguments(args):
     check((file is None) != (args.prompt is None), "give one of --prompt and --prompt_file.")
     check((file is None) == (args.output_file is None), "--prompt_file needs an --output_file.")
     check(file is None or Path(file).is_file(), f"{file} is no file, seen from {Path.cwd()}.")
-    args.deadline = read_deadline() if file else None
     is_same = file and Path(file).resolve() == Path(args.output_file or "").resolve()
     check(not is_same, "--output_file is the --prompt_file. Choose another.")
     check(args.batch_size > 0, "--batch_size must be 1 or more.")
@@ -495,6 +475,17 @@ def check_tokenizer(name, tokenizer, rows):
     check(not faults, f"{problem}. Convert it once: {remedy} --output_dir NEW, and use NEW.")
 
 
+def claim_output(args, precision, prompts):
+    """Refuse to mix answers, or to replace a file of others."""
+    if keep_answers:
+        keep_answers.claim_output(args, precision, prompts)
+    else:
+        names = [f"{args.output_file}{end}" for end in ("", ".partial", ".tmp")]
+        there = [name for name in names if Path(name).exists()]
+        check(not there, f"{there} would be replaced. Choose another --output_file.")
+        note("alone", "once cut off, this cannot go on: `jobs` is not beside this directory")
+
+
 def print_banner(args, model, tokenizer, precision, prompts):
     import torch
 
@@ -512,45 +503,6 @@ def print_banner(args, model, tokenizer, precision, prompts):
     how = f"{drawn if args.do_sample else 'greedy'}; at most {args.max_new_tokens:,}"
     ends = [f"{tokenizer.decode(i)} ({i})" for i in model.generation_config.eos_token_id]
     note("tokens", f"{how}; stop: {', '.join(ends)}")
-
-
-def claim_output(args, precision, prompts):
-    """Refuse to mix answers, or to replace a file of others; a finished run ends here."""
-    output = Path(args.output_file).resolve()
-    text = Path(args.prompt_file).read_bytes() + json.dumps(prompts).encode()
-    settings = vars(args) | {"precision": precision, "prompts": hashlib.sha256(text).hexdigest()}
-    free = ["device_map", "prompt_file", "output_file", "deadline"]  # they change no answer
-    settings |= dict.fromkeys(free if args.do_sample else [*free, "batch_size"])
-    for directory in (args.base, args.model_name_or_path):
-        for name in ("*.safetensors", "*.bin", "*config.json"):
-            stats = [(file.name, file.stat()) for file in sorted(Path(directory).glob(name))]
-            settings[f"{directory}/{name}"] = [[n, s.st_size, s.st_mtime_ns] for n, s in stats]
-    record = Path(f"{output}.settings.json")
-    ends = [end for end in ("", ".partial", ".tmp") if Path(f"{output}{end}").exists()]
-    text = record.read_bytes() if record.is_file() else b"{}"
-    before = None if text or ends else {}
-    with suppress(ValueError):
-        before = json.loads(text)
-    check(isinstance(before, dict), f"{record} is damaged: remove it and .partial to begin anew.")
-    pairs = [(name, before.get(name), value) for name, value in settings.items()]
-    changed = [f"{name} was {was}, now {now}" for name, was, now in pairs if was != now]
-    is_free = not ends and (not before or "prompts" in before)
-    check(is_free or not changed, f"{output} holds other answers: choose another. {changed}")
-    if output.exists():
-        note("finished", f"{output} holds these answers; remove it to make them again")
-        raise SystemExit(0)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        args.lock = record.open("a")  # the system frees it, in whatever way this process ends
-        try:
-            fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # where there are no locks, two will write the same answers
-            is_held = isinstance(error, BlockingIOError)
-            check(not is_held, f"another process is writing {output}. Wait, or choose another.")
-        if changed:
-            record.write_text(json.dumps(settings, indent=1, ensure_ascii=False), "utf-8")
-    except OSError as error:
-        fail(f"--output_file {output} cannot be written: {error}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ before anything is loaded; each refusal is one line, and exit code 2.
 """
 
 import os
-import sys
-import time
 from pathlib import Path
 
 import torch
+from common import check, fail
 from transformers import Trainer, modeling_utils
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -31,28 +30,6 @@ GONE = {
     "--load_in_8bit": "type finetune_lora.py --lora_target_modules none --modules_to_save lm_head "
     "--load_in_8bit true",
 }
-
-
-# Copied from finetune_full/finetune_full.py
-def say(name, text):
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{name:<11}{text}", flush=True)
-
-
-# Copied from finetune_full/finetune_full.py
-def fail(message, every_rank=False):
-    """One line on stderr and exit code 2; of several ranks the first one speaks."""
-    if every_rank or os.environ.get("RANK", "0") == "0":
-        print("error:", " ".join(str(message).split())[:600], file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # torchrun ends all ranks when one leaves
-    raise SystemExit(2)
-
-
-# Copied from finetune_full/finetune_full.py
-def check(condition, message):
-    if not condition:
-        fail(message)
 
 
 def refuse(message):

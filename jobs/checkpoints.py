@@ -11,7 +11,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from check_arguments import say
+from common import say
 
 
 def find_checkpoints(output_dir, run_id=None):

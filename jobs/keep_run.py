@@ -16,15 +16,16 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 import transformers
 import yaml
-from check_arguments import check, check_arguments, fail, refuse, say  # noqa: F401 -- for scripts
+from check_arguments import check_arguments, refuse  # noqa: F401 -- for the scripts
 from checkpoints import find_checkpoints, find_complete, read_mark, remove, what_lacks, write_mark
+from common import check, fail, read_deadline, say
 
 PACKAGES = "torch transformers tokenizers datasets accelerate peft deepspeed bitsandbytes".split()
 FULL = ("No space left", "Disk quota exceeded", "inline_container")  # the last is torch.save's
@@ -131,19 +132,6 @@ def what_is_lost(checkpoint, training):
     lost = [f"written by {ranks} processes"] if ranks != training.world_size else []
     parts = ["scheduler.pt", "latest" if training.deepspeed else "optimizer.pt"]
     return lost + [f"{part} is not there" for part in parts if not (checkpoint / part).is_file()]
-
-
-def read_deadline():
-    """$DEADLINE as seconds since the epoch; given as HH:MM it is the next such time."""
-    text, now = os.environ.get("DEADLINE") or "inf", time.localtime()
-    with suppress(ValueError):
-        if ":" in text:
-            hour, minute = time.strptime(text, "%H:%M")[3:5]
-            is_over = (hour, minute) <= (now.tm_hour, now.tm_min)
-            return time.mktime((*now[:2], now.tm_mday + is_over, hour, minute, 0, 0, 0, -1))
-        if float(text) >= 0:
-            return float(text)
-    return fail(f"DEADLINE={text} is neither HH:MM nor seconds since the epoch.")
 
 
 def check_lock(path):

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import common
+import keep_answers
 import pytest
 import torch
 from conftest import CONFIGS, ROOT, ROWS, load_script, make_checkpoint, make_tokenizer, write_jsonl
@@ -536,12 +538,13 @@ def test_chat_alone_in_an_empty_folder(tmp_path, capsys, monkeypatch, checkpoint
 
 
 def test_killed_and_started_again(tmp_path, checkpoints, capsys):
-    """Copied alone into an empty folder, killed in mid-run and mid-line, started again: as if nothing had happened."""
+    """Copied beside `jobs`, killed in mid-run and mid-line, started again: as if nothing had happened."""
     rows = [{"prompt": ROWS[i % 7]["prompt"][: 10 + i % 9], "id": i} for i in range(200)]
     prompts, output = write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
     (tmp_path / "empty").mkdir()
     shutil.copy(SCRIPT, tmp_path / "empty")
+    shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
     command = [sys.executable, "generate_text.py", "--model_name_or_path", checkpoints["llama"], "--prompt_file",
                prompts, "--output_file", str(output), "--max_new_tokens", "20", "--batch_size", "1"]  # fmt: skip
     process = subprocess.Popen(
@@ -581,6 +584,22 @@ def test_killed_and_started_again(tmp_path, checkpoints, capsys):
     assert [row["generated_text"] for row in found[::9]] == expected(
         checkpoints["llama"], rows[::9], 20
     )
+
+
+def test_alone_it_answers_once(tmp_path, checkpoints, capsys, monkeypatch):
+    """Without `jobs` beside it no answer is ever replaced, and none is mixed with others."""
+    monkeypatch.setattr(script, "keep_answers", None)
+    prompts, output = write_jsonl(tmp_path / "p.jsonl", ROWS), tmp_path / "out.jsonl"
+    assert run_file(checkpoints["llama"], prompts, output) == 0
+    assert "alone " in capsys.readouterr().err
+    before = output.read_bytes()
+    found = [row["generated_text"] for row in read_jsonl(output)]
+    assert found == expected(checkpoints["llama"], ROWS, 8)
+    for there in (output, tmp_path / "out.jsonl.partial"):
+        assert run_file(checkpoints["llama"], prompts, output) == 2
+        assert f"'{there}'] would be replaced" in capsys.readouterr().err
+        assert there.read_bytes() == before
+        output.rename(tmp_path / "out.jsonl.partial") if there == output else None
 
 
 @pytest.fixture
@@ -634,7 +653,8 @@ class Clock:
     def __init__(self, monkeypatch, *seconds):
         self.now, self.seconds, self.batches = 1_000_000_000.0, seconds or (20,), 0
         original = script.generate
-        monkeypatch.setattr(script, "time", self)
+        for module in (script, keep_answers, common):
+            monkeypatch.setattr(module, "time", self)
         monkeypatch.setattr(script, "generate", lambda *a: (self.tick(), original(*a))[1])
 
     def __getattr__(self, name):
@@ -680,7 +700,7 @@ def test_stopped_again_and_again_is_as_unbroken(tmp_path, checkpoints, monkeypat
         if codes[-1]:
             reason = ("DEADLINE", "SIGTERM", str(tmp_path / "STOP"))[(len(codes) - 1) % 3]
             assert line.startswith("stopped    by " + reason)
-            assert f"; {min(2 * sum(done), 23)} of 23 rows are answered; to go on, type" in line
+            assert f"; {min(2 * sum(done), 23)} of 23 rows; to go on, type" in line
         assert not (tmp_path / "STOP").exists() and output.exists() == (codes[-1] == 0)
     assert codes == [75] * 8 + [0] and done == [2, 1, 1, 2, 1, 1, 2, 1, 1]
     assert output.read_bytes() == (tmp_path / "unbroken").read_bytes()
@@ -717,15 +737,15 @@ def test_forms_of_the_deadline(in_tokyo, monkeypatch, capsys):
     clock.localtime = lambda: time.localtime(clock.now)
     for text, wanted in {"12:01": 60, "12:00": 86400, "0:00": 43200, "23:59": 43140}.items():
         monkeypatch.setenv("DEADLINE", text)
-        assert script.read_deadline() == noon + wanted, text
+        assert common.read_deadline() == noon + wanted, text
     monkeypatch.setenv("DEADLINE", "1700017260")
-    assert script.read_deadline() == noon + 60
+    assert common.read_deadline() == noon + 60
     monkeypatch.setenv("DEADLINE", "")
-    assert script.read_deadline() > noon + 10**12
+    assert common.read_deadline() > noon + 10**12
     for text in ("24:00", "12:60", "12:", ":30", "12:00:00", "noon", "-1", "nan", "0x1"):
         monkeypatch.setenv("DEADLINE", text)
         with pytest.raises(SystemExit) as stop:
-            script.read_deadline()
+            common.read_deadline()
         (line,) = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and line.startswith(f"error: DEADLINE={text} is no time"), text
 
@@ -796,7 +816,7 @@ def test_file_systems_without_locks(tmp_path, checkpoints, monkeypatch, capsys):
     prompts = write_jsonl(tmp_path / "p.jsonl", MANY[:2])
     for number, kept in ((errno.ENOSYS, False), (errno.EWOULDBLOCK, True)):
         monkeypatch.setattr(
-            script.fcntl, "flock", lambda *_, n=number: (_ for _ in ()).throw(OSError(n, "no"))
+            fcntl, "flock", lambda *_, n=number: (_ for _ in ()).throw(OSError(n, "no"))
         )
         code = run_file(checkpoints["gpt2"], prompts, tmp_path / str(number))
         assert (code == 2) == ("another process" in capsys.readouterr().err) == kept

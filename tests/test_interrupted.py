@@ -504,28 +504,6 @@ def test_bad_deadlines(value, script, words, tmp_path, monkeypatch, capsys):
     assert f"DEADLINE={value}" in line
 
 
-def test_deadlines(script, monkeypatch):
-    now = time.localtime()
-    other = load_script(ROOT / "generate_text" / "generate_text.py")
-    for text, expected in (
-        ("", float("inf")),
-        ("1795642947", 1795642947),
-        ("1795642947.5", 1795642947.5),
-    ):
-        monkeypatch.setenv("DEADLINE", text)
-        assert keep_run.read_deadline() == other.read_deadline() == expected
-    for minutes in (-1, 1, 600):  # a minute ago means tomorrow
-        moment = time.localtime(time.mktime(now) + 60 * minutes)
-        monkeypatch.setenv("DEADLINE", time.strftime("%H:%M", moment))
-        seconds = keep_run.read_deadline() - time.time()
-        assert other.read_deadline() == keep_run.read_deadline()
-        assert 0 < seconds <= 24 * 3600 + 3600
-        assert (
-            time.strftime("%H:%M", time.localtime(keep_run.read_deadline()))
-            == os.environ["DEADLINE"]
-        )
-
-
 def test_the_room_needed(script, words, tmp_path, monkeypatch, capsys):
     """Refused at the start: 37,120 parameters of 12 bytes, six saves and the result."""
     words += [*ONCE.split(), "--save_steps", "1", "--output_dir", tmp_path / "out"]
