@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
 from contextlib import nullcontext, suppress
@@ -222,8 +221,6 @@ def load_data(script, training, tokenizer, max_length, files):
 
 def collate(examples):
     """Right-padded batch without attention mask: causal attention never looks right."""
-    if torch.utils.data.get_worker_info():  # a queue's SIGTERM comes here too: stay for 30 s
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     pad = torch.nn.utils.rnn.pad_sequence
     ids = [torch.tensor(example["input_ids"]) for example in examples]
     next_ids = [torch.tensor([*example["labels"][1:], -100]) for example in examples]
@@ -470,14 +467,6 @@ class FineTuner(Trainer):
         best = type(self.model).from_pretrained(self.state.best_model_checkpoint, dtype="float32")
         return self.model.load_state_dict(best.state_dict())
 
-    def save_model(self, output_dir=None, _internal_call=False):
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            directory = Path(output_dir or self.args.output_dir)
-            self.model.generation_config.save_pretrained(directory)  # an adapter has none else
-            for path in directory.glob("*.safetensors"):  # it writes for the owner only
-                path.chmod((directory / "generation_config.json").stat().st_mode)
-
 
 # ---- 5. Guard rails: no need to read ----
 
@@ -548,9 +537,6 @@ def choose_precision(values):
         best, impossible = ("bf16", None) if capability >= (8, 0) else ("fp16", "bf16")
         reason = "compute capability {}.{}".format(*capability)
     else:
-        driver = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-        problem = f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not see the GPU"
-        check(values["use_cpu"] or not driver, f"{problem}. See nvidia-smi; or --use_cpu true.")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess and warn
         values["use_cpu"] |= not values["deepspeed"]  # or Trainer takes several processes for one
     values["precision"] = precision = min(asked, default=best)
@@ -730,6 +716,9 @@ def begin(script, trainer, given, run, resume):
 def save_results(trainer, run):
     """Model, tokenizer, trainer_state.json; all_results.json last: it marks the run as finished."""
     trainer.save_model()
+    output_dir = Path(trainer.args.output_dir)
+    for file in output_dir.glob("*.safetensors"):  # as readable as the rest, not by the owner only
+        file.chmod((output_dir / "tokenizer_config.json").stat().st_mode)
     history = trainer.state.log_history
     evaluation = {} if trainer.args.load_best_model_at_end or len(history) < 2 else history[-2]
     if trainer.eval_dataset is not None and "eval_loss" not in evaluation:

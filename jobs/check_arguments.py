@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import torch
-from common import check, fail
+from run_common import check, fail
 from transformers import Trainer, modeling_utils
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -57,6 +57,10 @@ def check_arguments(script, training, given):
     is_inside = model.resolve() in [output_dir, *output_dir.glob("checkpoint-*")]
     check(not is_inside, "--output_dir holds the model to start from. Choose another --output_dir.")
     check_data(script, training, given)
+    driver = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    problem = f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not see the GPU"
+    is_blind = driver and not torch.cuda.is_available() and not given.get("use_cpu")
+    check(not is_blind, f"{problem}. See nvidia-smi; or --use_cpu true.")
     check(training.n_gpu < 2, f"type torchrun --standalone --nproc_per_node {training.n_gpu} ...")
     launched = os.environ.get("WORLD_SIZE") == str(training.world_size) or not training.deepspeed
     check(launched, "--deepspeed needs a launcher: torchrun --standalone --nproc_per_node 1 ...")

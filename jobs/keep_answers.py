@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from common import check, fail, read_deadline
+from run_common import check, fail, read_deadline
 
 
 def note(name, text):

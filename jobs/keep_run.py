@@ -5,7 +5,6 @@ before anything is loaded, KeepRun is a callback of the Trainer. A run is its ru
 the arguments, the data.
 """
 
-import atexit
 import hashlib
 import json
 import math
@@ -14,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +22,17 @@ import torch
 import transformers
 import yaml
 from check_arguments import check_arguments, refuse  # noqa: F401 -- for the scripts
-from checkpoints import find_checkpoints, find_complete, read_mark, remove, what_lacks, write_mark
-from common import check, fail, read_deadline, say
+from run_common import check, fail, read_deadline, say
+from run_files import (
+    check_lock,
+    find_checkpoints,
+    find_complete,
+    read_mark,
+    remove,
+    take_lock,
+    what_lacks,
+    write_mark,
+)
 
 PACKAGES = "torch transformers tokenizers datasets accelerate peft deepspeed bitsandbytes".split()
 FULL = ("No space left", "Disk quota exceeded", "inline_container")  # the last is torch.save's
@@ -134,31 +141,6 @@ def what_is_lost(checkpoint, training):
     return lost + [f"{part} is not there" for part in parts if not (checkpoint / part).is_file()]
 
 
-def check_lock(path):
-    """Refuse an output_dir in which another run lives: that touches the file `lock` there."""
-    if path.exists():
-        host, pid = [*path.read_text("utf-8").split(), "?", "?"][:2]
-        age, is_here = time.time() - path.stat().st_mtime, host == os.uname().nodename
-        is_gone = is_here and (pid == str(os.getpid()) or not Path("/proc", pid).exists())
-        wait = f"Take another, or wait {120 - age:.0f} s, if it was killed."
-        check(is_gone or age > 120, f"process {pid} on {host} is writing {path.parent}. {wait}")
-        path.unlink()
-
-
-def take_lock(path):
-    """Write host, process and job into the lock, and touch it for as long as this run lives."""
-
-    def keep_young():
-        while path.exists():
-            os.utime(path)
-            time.sleep(30)
-
-    with path.open("x") as file:  # of two that start at once, one fails
-        file.write(f"{os.uname().nodename} {os.getpid()} {os.environ.get('PBS_JOBID', '')}")
-    atexit.register(path.unlink, missing_ok=True)
-    threading.Thread(target=keep_young, daemon=True).start()
-
-
 # ---- While it trains ----
 
 
@@ -180,6 +162,7 @@ class KeepRun(transformers.TrainerCallback):
         if trainer.is_world_process_zero():
             self.record(given, run)
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "reason", "SIGTERM"))
+        trainer.data_collator = Outlive(trainer.data_collator)
 
     def go_on(self, resume, given):
         """What Trainer does not take from a checkpoint; without the end, it takes a step more."""
@@ -261,6 +244,10 @@ class KeepRun(transformers.TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # all have written
         if args.should_save:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            for file in path.glob(
+                "*.safetensors"
+            ):  # as readable as the rest, not by the owner only
+                file.chmod((path / "trainer_state.json").stat().st_mode)
             write_mark(path, self.run_id, is_complete=True)
             for old in find_checkpoints(path.parent, self.run_id)[: -self.keep]:
                 if old != Path(state.best_model_checkpoint or ""):
@@ -269,6 +256,18 @@ class KeepRun(transformers.TrainerCallback):
             for name in ("STOP", "lock") if state.is_world_process_zero else ():
                 Path(args.output_dir, name).unlink(missing_ok=True)
             leave(f"by {self.reason or 'SIGTERM'} after step {state.global_step}, which is saved")
+
+
+class Outlive:
+    """A collator; the worker that it runs in outlives the queue's SIGTERM, which comes to all."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, examples):
+        if torch.utils.data.get_worker_info():  # 30 seconds, for a checkpoint
+            signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+        return self.collate(examples)
 
 
 def leave(text, alone=False):

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import common
 import keep_answers
 import pytest
+import run_common
 import torch
 from conftest import CONFIGS, ROOT, ROWS, load_script, make_checkpoint, make_tokenizer, write_jsonl
 from datasets import Dataset
@@ -653,7 +653,7 @@ class Clock:
     def __init__(self, monkeypatch, *seconds):
         self.now, self.seconds, self.batches = 1_000_000_000.0, seconds or (20,), 0
         original = script.generate
-        for module in (script, keep_answers, common):
+        for module in (script, keep_answers, run_common):
             monkeypatch.setattr(module, "time", self)
         monkeypatch.setattr(script, "generate", lambda *a: (self.tick(), original(*a))[1])
 
@@ -737,15 +737,15 @@ def test_forms_of_the_deadline(in_tokyo, monkeypatch, capsys):
     clock.localtime = lambda: time.localtime(clock.now)
     for text, wanted in {"12:01": 60, "12:00": 86400, "0:00": 43200, "23:59": 43140}.items():
         monkeypatch.setenv("DEADLINE", text)
-        assert common.read_deadline() == noon + wanted, text
+        assert run_common.read_deadline() == noon + wanted, text
     monkeypatch.setenv("DEADLINE", "1700017260")
-    assert common.read_deadline() == noon + 60
+    assert run_common.read_deadline() == noon + 60
     monkeypatch.setenv("DEADLINE", "")
-    assert common.read_deadline() > noon + 10**12
+    assert run_common.read_deadline() > noon + 10**12
     for text in ("24:00", "12:60", "12:", ":30", "12:00:00", "noon", "-1", "nan", "0x1"):
         monkeypatch.setenv("DEADLINE", text)
         with pytest.raises(SystemExit) as stop:
-            common.read_deadline()
+            run_common.read_deadline()
         (line,) = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and line.startswith(f"error: DEADLINE={text} is no time"), text
 

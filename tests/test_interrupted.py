@@ -11,6 +11,7 @@ from pathlib import Path
 
 import keep_run
 import pytest
+import run_files
 import torch
 import yaml
 from conftest import ROOT, ROWS, load_script, write_jsonl
@@ -434,7 +435,7 @@ def test_a_lock_is_kept_young(script, tmp_path, monkeypatch):
     naps = iter([0.01] * 50 + [60])
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda _: sleep(next(naps, 60)))
-    keep_run.take_lock(tmp_path / "lock")
+    run_files.take_lock(tmp_path / "lock")
     os.utime(tmp_path / "lock", (0, 0))
     end = time.monotonic() + 20
     while (tmp_path / "lock").stat().st_mtime < 1e6:

@@ -1,17 +1,45 @@
-"""Checkpoints of a run, by their marks.
+"""Files of a run: its lock, and the marks in its checkpoints.
 
 A run has an id. A checkpoint bears a mark with it, the file run_id: written before all else, and
 completed with the names and sizes of the files when these are on the disk. Only what bears a run's
 own mark is ever set aside or removed; a checkpoint without a mark is somebody else's.
 """
 
+import atexit
 import json
 import os
 import shutil
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
-from common import say
+from run_common import check, say
+
+
+def check_lock(path):
+    """Refuse an output_dir in which another run lives: that touches the file `lock` there."""
+    if path.exists():
+        host, pid = [*path.read_text("utf-8").split(), "?", "?"][:2]
+        age, is_here = time.time() - path.stat().st_mtime, host == os.uname().nodename
+        is_gone = is_here and (pid == str(os.getpid()) or not Path("/proc", pid).exists())
+        wait = f"Take another, or wait {120 - age:.0f} s, if it was killed."
+        check(is_gone or age > 120, f"process {pid} on {host} is writing {path.parent}. {wait}")
+        path.unlink()
+
+
+def take_lock(path):
+    """Write host, process and job into the lock, and touch it for as long as this run lives."""
+
+    def keep_young():
+        while path.exists():
+            os.utime(path)
+            time.sleep(30)
+
+    with path.open("x") as file:  # of two that start at once, one fails
+        file.write(f"{os.uname().nodename} {os.getpid()} {os.environ.get('PBS_JOBID', '')}")
+    atexit.register(path.unlink, missing_ok=True)
+    threading.Thread(target=keep_young, daemon=True).start()
 
 
 def find_checkpoints(output_dir, run_id=None):
@@ -57,6 +85,8 @@ def write_mark(path, run_id, is_complete=False):
     """Mark a checkpoint as this run's; as complete when all its files are on the disk."""
     mark = {"run": run_id}
     if is_complete:
+        for file in path.glob("*.safetensors"):  # as readable as the rest, not by the owner only
+            file.chmod((path / "trainer_state.json").stat().st_mode)
         os.sync()
         files = [file for file in path.rglob("*") if file.is_file() and file.name != "run_id"]
         mark["files"] = {str(file.relative_to(path)): file.stat().st_size for file in files}
