@@ -375,3 +375,46 @@ def test_files_follow_the_umask(script, checkpoints, tmp_path):
     assert modes == {0o640}
     with safe_open(tmp_path / "o" / "checkpoint-1" / "model.safetensors", "pt") as file:
         assert file.keys()
+
+
+ALONE = """
+import sys
+for folder in sys.argv[1:4]:
+    sys.path.insert(0, folder)
+import finetune_full, finetune_lastlayer, finetune_lora
+words = sys.argv[4:]
+for module in (finetune_full, finetune_lastlayer, finetune_lora):
+    assert module.keep_run is None
+    for more in (["new"], ["new"], ["other", "--resume_from_checkpoint", "true"]):
+        try:
+            module.main([*words, "--output_dir", module.__name__ + "/" + more[0], *more[1:]])
+        except SystemExit as stop:
+            print("left", stop.code, flush=True)
+"""
+
+
+def test_copied_alone(checkpoints, train_file, tmp_path):
+    """Without `jobs` a script trains what it trains with it, once, and touches nothing that is there."""
+    folders, words = [], ["--model_name_or_path", checkpoints["llama"], "--train_file", train_file]
+    words += ["--max_steps", "2", "--save_steps", "1", "--save_total_limit", "1"]
+    for name in ("finetune_full", "finetune_lastlayer", "finetune_lora"):
+        folders.append(tmp_path / "copies" / name)
+        folders[-1].mkdir(parents=True)
+        shutil.copy(ROOT / name / f"{name}.py", folders[-1])
+    command = [sys.executable, "-c", ALONE, *map(str, folders), *words]
+    env = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("\nleft 2\n") == 3 and run.stdout.count("left 2") == 6
+    assert run.stdout.count("alone      ") == 3
+    for name in ("finetune_full", "finetune_lastlayer", "finetune_lora"):
+        out = tmp_path / name / "new"
+        assert f"error: {name}/new is not empty." in run.stderr
+        assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-2"]
+        assert not (tmp_path / name / "other").exists()
+        whole = tmp_path / "whole" / name
+        load_script(ROOT / name / f"{name}.py").main([*words, "--output_dir", str(whole)])
+        (file,) = (path.name for path in out.glob("*.safetensors"))
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
+        assert (out / file).stat().st_mode == (out / "tokenizer_config.json").stat().st_mode
+    assert run.stderr.count("error: to resume, or for DeepSpeed, put the directory `jobs`") == 3
