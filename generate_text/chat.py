@@ -311,11 +311,13 @@ def choose_precision(args):
     import torch
 
     best, impossible, reason = "fp32", "fp16", "no GPU in use"
+    visible, queue = (os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "PBS_QUEUE"))
+    is_hidden = visible == "" or queue == "rt_HC"  # ABCI's queue without GPUs
     if torch.cuda.is_available() and args.device_map != "cpu":
         capability = torch.cuda.get_device_capability()
         best, impossible = ("bf16", None) if capability >= (8, 0) else ("fp16", "bf16")
         reason = "compute capability {}.{}".format(*capability)
-    elif args.device_map != "cpu" and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    elif args.device_map != "cpu" and not is_hidden:
         problem = f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not see the GPU."
         check(not Path("/dev/nvidiactl").exists(), f"{problem} nvidia-smi? Or --device_map cpu.")
     precision = best if args.precision == "auto" else args.precision

@@ -57,7 +57,8 @@ def check_arguments(script, training, given):
     is_inside = model.resolve() in [output_dir, *output_dir.glob("checkpoint-*")]
     check(not is_inside, "--output_dir holds the model to start from. Choose another --output_dir.")
     check_data(script, training, given)
-    driver = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    none = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or os.environ.get("PBS_QUEUE") == "rt_HC"
+    driver = Path("/dev/nvidiactl").exists() and not none
     problem = f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not see the GPU"
     is_blind = driver and not torch.cuda.is_available() and not given.get("use_cpu")
     check(not is_blind, f"{problem}. See nvidia-smi; or --use_cpu true.")

@@ -163,6 +163,8 @@ _env_venv() {
 _env_main() {
   local here modules deadline="" _env_python=""
   here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || return
+  # Each batch has another width: blocks that can grow leave fewer holes in a GPU's memory.
+  [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-expandable_segments:True}
   umask 027 # PBS's is 077: your group could not read what a job writes
   PYTHON_MODULE=${PYTHON_MODULE-python/3.12/3.12.9}
   CUDA_MODULE=${CUDA_MODULE-cuda/13.0/13.0.1} # the torch wheel's, python -c "import torch; print(torch.version.cuda)"

@@ -10,7 +10,7 @@
 START_TIMEOUT=${START_TIMEOUT:-600}
 # How long a rank waits for the others in NCCL and Gloo (Trainer's --ddp_timeout, which DeepSpeed takes too). One rank
 # prepares the data and collects the weights at a save, and the others wait meanwhile: it must be longer than these.
-COLLECTIVE_TIMEOUT=${COLLECTIVE_TIMEOUT:-3600}
+COLLECTIVE_TIMEOUT=${COLLECTIVE_TIMEOUT:-21600}
 
 NODE_RANK=${OMPI_COMM_WORLD_RANK:-${NODE_RANK:-}}
 for name in NODES MASTER_ADDR MASTER_PORT NODE_RANK; do

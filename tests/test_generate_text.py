@@ -1061,6 +1061,11 @@ def test_a_driver_without_a_visible_gpu_is_no_cpu_node(monkeypatch, capsys):
         script.choose_precision(SimpleNamespace(precision="auto", device_map=None))
     assert leave.value.code == 2 and torch.__version__ in capsys.readouterr().err
     assert script.choose_precision(SimpleNamespace(precision="auto", device_map="cpu"))[0] == "fp32"
+    for name, value in {"CUDA_VISIBLE_DEVICES": "", "PBS_QUEUE": "rt_HC"}.items():
+        with monkeypatch.context() as patch:  # no GPU was asked for
+            patch.setenv(name, value)
+            args = SimpleNamespace(precision="auto", device_map=None)
+            assert script.choose_precision(args)[0] == "fp32"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "auto"])

@@ -342,10 +342,9 @@ def test_multinode_job(machine, lesson):
     """mpirun is told the nodes, the placement and each variable the others need; DeepSpeed where
     there are GPUs."""
     run = functools.partial(run_as_pbs, machine, Path(lesson, "job_multinode.sh"))
-    assert (
-        run(GROUP="g", GPUS_SEEN="8", CACHE_ROOT=str(machine / "c"), NCCL_DEBUG="WARN").returncode
-        == 0
-    )
+    more = {"NCCL_DEBUG": "WARN", "HF_DATASETS_OFFLINE": "1", "CUDA_LAUNCH_BLOCKING": "1"}
+    more |= {"GROUP": "g", "CACHE_ROOT": str(machine / "c"), "CUDA_VISIBLE_DEVICES": "GPU-1"}
+    assert run(GPUS_SEEN="8", **more).returncode == 0
     words = last_words(machine)
     start = shlex.split("mpirun -np 1 -map-by ppr:1:node -bind-to none -hostfile")
     assert words[: len(start) + 1] == [*start, str(machine / "nodes")]
@@ -362,9 +361,12 @@ def test_multinode_job(machine, lesson):
         "DEADLINE",
         "DEADLINE_OF",
         "RUN_RANKS",
-        "NCCL_DEBUG",
+        "PYTORCH_ALLOC_CONF",
+        "OMP_NUM_THREADS",
+        "BUILD_CACHE",
     }
-    assert wanted <= passed
+    assert wanted | {name for name in more if name != "CUDA_VISIBLE_DEVICES"} <= passed
+    assert "CUDA_VISIBLE_DEVICES" not in passed, "the first node's GPUs are not another's"
     script = words.index("../jobs/node.sh")
     assert words[script - 1 : script + 2] == ["bash", "../jobs/node.sh", f"{lesson}.py"]
     stage = {"finetune_full": 3, "finetune_lora": 2}[lesson]
