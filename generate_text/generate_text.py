@@ -39,7 +39,7 @@ def parse(argv):
     add("--prompt", help="One prompt, taken as it is: no template, no separator.")
     add("--prompt_file", **path, help="JSON Lines, JSON, Parquet; or text, a prompt a line.")
     add("--output_file", **path, help="Where the rows go as JSON Lines, with generated_text.")
-    add("--batch_size", type=int, default=8, help="Prompts at once: faster, takes more memory.")
+    add("--batch_size", type=int, help="Prompts at once. Default: 64 on a GPU, 8 on a CPU.")
     add("--max_new_tokens", type=int, default=128, help="Longest answer; time grows with it.")
     add("--do_sample", **switch, help="Draw the tokens instead of taking the likeliest.")
     add("--temperature", type=float, default=1, help="For drawing: below 1 tamer, above 1 wilder.")
@@ -202,7 +202,8 @@ def load_model(args, precision, tokenizer):
 
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
     options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
-    options["device_map"] = args.device_map or ({"": 0} if torch.cuda.is_available() else None)
+    gpu = int(os.environ.get("LOCAL_RANK", 0))
+    options["device_map"] = args.device_map or ({"": gpu} if torch.cuda.is_available() else None)
     is_quantised = args.load_in_8bit or args.load_in_4bit
     if is_quantised:
         modeling_falcon.FalconLinear = torch.nn.Linear  # the same; the quantiser skips subclasses
@@ -278,6 +279,7 @@ def main(argv=None):
     full = "GPU memory is full. Try a smaller --batch_size, --load_in_8bit or --device_map auto."
     try:
         precision, reason = choose_precision(args)
+        args.batch_size = args.batch_size or (8 if reason == "no GPU in use" else 64)
         tokenizer = load_tokenizer(args)
         form, rows, prompts = read_prompts(args, tokenizer)
         if args.prompt_file:
@@ -324,48 +326,67 @@ def generate(args, model, tokenizer, prompts, draw=0):
 
 
 def answer_file(args, model, tokenizer, rows, prompts):
-    """Answer what has no answer yet, the longest first, and write all rows in their order."""
-    output = Path(args.output_file).resolve()
-    partial, new = Path(f"{output}.partial"), Path(f"{output}.tmp")
-    answers, began, last, slowest, tokens, cut = [], time.time(), 0, 0, 0, 0
-    for line in partial.read_bytes().split(b"\n") if partial.exists() else ():
-        with suppress(ValueError, TypeError):  # damaged by a kill: made again, with all behind
-            first, results = json.loads(line)
-            answers += results if first == len(answers) else []
-    before, order = len(answers), sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
-    while len(answers) < len(rows):
-        first, start = len(answers), time.time()
+    """Answer what has no answer yet, the longest first; of several processes each has its share."""
+    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
+    answers = keep_answers.read_answers(args) if keep_answers else {}
+    places = {i: place for place, i in enumerate(order)}
+    before, began, last, slowest, tokens, cut = len(answers), time.time(), 0, 0, 0, 0
+    for batch in batches(args, order, prompts)[args.rank :: args.ranks]:
+        numbers, start = [i for i in batch if i not in answers], time.time()
+        if not numbers:
+            continue
         if keep_answers:
-            keep_answers.stop_if_asked(args, slowest, f"{first:,} of {len(rows):,} rows; ")
-        fits = len(prompts[order[first]]) + args.max_new_tokens <= args.positions
-        size = args.batch_size if fits else 1  # padding would take room from shorter prompts
-        batch = [prompts[i] for i in order[first : first + size]]
-        results, made, unended = generate(args, model, tokenizer, batch, first)
-        with partial.open("a") as file:
-            file.write(f"\n{json.dumps([first, results])}\n")
-        answers, slowest = answers + results, max(slowest, time.time() - start)
+            done = f"{len(answers):,} of {len(rows):,} rows are answered; "
+            keep_answers.stop_if_asked(args, slowest, done)
+        ids = [prompts[i] for i in numbers]
+        results, made, unended = generate(args, model, tokenizer, ids, places[numbers[0]])
+        answers.update(zip(numbers, results, strict=True))
+        if keep_answers:
+            keep_answers.add_answers(args, numbers, results)
+        slowest = max(slowest, time.time() - start)
         tokens, cut, seconds = tokens + made, cut + unended, time.time() - began
         if seconds - last > 30:
             last, rest = seconds, (len(rows) - len(answers)) * seconds / (len(answers) - before)
             note("answer", f"{len(answers):,}/{len(rows):,}  left {rest / 60:,.0f} min")
-    answers, seconds = dict(zip(order, answers, strict=True)), time.time() - began
+    done, seconds = f"{len(answers) - before:,} answered now, in", time.time() - began
+    if args.ranks > 1:
+        answers = keep_answers.wait_for_all(args)
+    if args.rank == 0:
+        write_rows(args, [row | answers[i] for i, row in enumerate(rows)])
+    done = f"{len(rows):,} rows in {args.output_file}; {done} {seconds:,.0f} s"
+    note("done", f"{done}, {tokens / seconds:,.0f} tok/s; {cut:,} cut off before a stop token")
+
+
+def batches(args, numbers, prompts):
+    """The numbers of the rows, by batch. Padding must take no room from a shorter prompt."""
+    found, first = [], 0
+    while first < len(numbers):
+        fits = len(prompts[numbers[first]]) + args.max_new_tokens <= args.positions
+        found.append(numbers[first : first + (args.batch_size if fits else 1)])
+        first += len(found[-1])
+    return found
+
+
+def write_rows(args, rows):
+    """Write the rows in their order, all at once: a crash leaves none or all of them."""
+    output = Path(args.output_file).resolve()
+    new = Path(f"{output}.tmp")
     with new.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for i, row in enumerate(rows):
-            file.write(json.dumps(row | answers[i], ensure_ascii=False, default=str) + "\n")
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         file.flush()
         os.fsync(file.fileno())  # or a crash might leave neither these nor what they replace
     new.replace(output)
-    partial.unlink(missing_ok=True)
-    done = f"{len(rows):,} rows in {args.output_file}; {len(rows) - before:,} answered now, in"
-    speed = f"{seconds:,.0f} s, {tokens / seconds:,.0f} tok/s"
-    note("done", f"{done} {speed}; {cut:,} answers cut off before a stop token")
+    if keep_answers:
+        keep_answers.remove_partial(output)
 
 
 # ---- 5. Guard rails: no need to read ----
 
 
 def note(name, text):
-    print(f"{name:<11}{text}", file=sys.stderr)  # stdout holds answers only
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name:<11}{text}", file=sys.stderr)  # stdout holds answers only
 
 
 def fail(message):
@@ -392,7 +413,10 @@ def check_arguments(args):
     check(file is None or Path(file).is_file(), f"{file} is no file, seen from {Path.cwd()}.")
     is_same = file and Path(file).resolve() == Path(args.output_file or "").resolve()
     check(not is_same, "--output_file is the --prompt_file. Choose another.")
-    check(args.batch_size > 0, "--batch_size must be 1 or more.")
+    check(args.batch_size in (None, *range(1, 2**20)), "--batch_size must be 1 or more.")
+    args.rank, args.ranks = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    can = args.ranks == 1 or (file and keep_answers and not args.device_map)
+    check(can, "several processes need a --prompt_file, ../jobs, and no --device_map.")
     check(args.max_new_tokens > 0, "--max_new_tokens must be 1 or more.")
     is_plain = args.temperature == args.top_p == 1
     check(args.do_sample or is_plain, "--temperature and --top_p do nothing without --do_sample.")

@@ -20,5 +20,12 @@ PROMPT_FILE=${PROMPT_FILE:-../jglue/output/jsquad_validation.jsonl}
 OUTPUT_FILE=${OUTPUT_FILE:-output/generated.jsonl}
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
 
-python generate_text.py --model_name_or_path "$MODEL" --prompt_file "$PROMPT_FILE" --output_file "$OUTPUT_FILE" \
+# With -q rt_HF each of the 8 GPUs has a copy of the model and a share of the prompts. A model too large for one GPU:
+# ARGS="--device_map auto", which spreads one copy over all of them.
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || exit
+LAUNCH=(python)
+if ((GPUS > 1)) && [[ " ${WORDS[*]} $*" != *" --device_map"* ]]; then
+  LAUNCH=(python ../jobs/run_ranks.py torchrun --standalone --nproc_per_node "$GPUS")
+fi
+"${LAUNCH[@]}" generate_text.py --model_name_or_path "$MODEL" --prompt_file "$PROMPT_FILE" --output_file "$OUTPUT_FILE" \
   --max_new_tokens 32 "${WORDS[@]}" "$@"

@@ -1,12 +1,16 @@
 """Keep the answers to a file of prompts: they go on where they were cut off, and stop in time.
 
 generate_text.py imports this file where `jobs` lies beside its directory. Beside OUT, the answers
-so far are in OUT.partial, what they were made with in OUT.settings.json, which is the lock, too.
+so far are in OUT.partial (of a second process in OUT.partial.1), what they were made with in
+OUT.settings.json, which is the lock, too. Of several processes, started by torchrun, each answers
+its share of the batches; where one must stop, it leaves OUT.partial.stop for the others.
 """
 
 import fcntl
+import glob
 import hashlib
 import json
+import os
 import signal
 import sys
 import time
@@ -30,22 +34,27 @@ def claim_output(args, precision, prompts):
     output = Path(args.output_file).resolve()
     text = Path(args.prompt_file).read_bytes() + json.dumps(prompts).encode()
     settings = vars(args) | {"precision": precision, "prompts": hashlib.sha256(text).hexdigest()}
-    free = ["device_map", "prompt_file", "output_file", "deadline"]  # they change no answer
-    settings |= dict.fromkeys(free if args.do_sample else [*free, "batch_size"])
+    free = ["device_map", "prompt_file", "output_file", "deadline", "rank", "ranks"]
+    if precision == "fp32" and not args.do_sample:  # in 16 bit, near ties can hang on the batch
+        free.append("batch_size")
+    settings |= dict.fromkeys(free)  # they change no answer
     for directory in (args.base, args.model_name_or_path):
         for name in ("*.safetensors", "*.bin", "*config.json"):
             stats = [(file.name, file.stat()) for file in sorted(Path(directory).glob(name))]
             settings[f"{directory}/{name}"] = [[n, s.st_size, s.st_mtime_ns] for n, s in stats]
     record = Path(f"{output}.settings.json")
-    ends = [end for end in ("", ".partial", ".tmp") if Path(f"{output}{end}").exists()]
+    if args.rank > 0:
+        wait_for_first(args, output)
+        return
+    ends = [output.exists(), Path(f"{output}.tmp").exists(), *partial_files(args)]
     text = record.read_bytes() if record.is_file() else b"{}"
-    before = None if text or ends else {}
+    before = None if text or any(ends) else {}
     with suppress(ValueError):
         before = json.loads(text)
     check(isinstance(before, dict), f"{record} is damaged: remove it and .partial to begin anew.")
     pairs = [(name, before.get(name), value) for name, value in settings.items()]
     changed = [f"{name} was {was}, now {now}" for name, was, now in pairs if was != now]
-    is_free = not ends and (not before or "prompts" in before)
+    is_free = not any(ends) and (not before or "prompts" in before)
     check(is_free or not changed, f"{output} holds other answers: choose another. {changed}")
     if output.exists():
         note("finished", f"{output} holds these answers; remove it to make them again")
@@ -63,13 +72,92 @@ def claim_output(args, precision, prompts):
     except OSError as error:
         fail(f"--output_file {output} cannot be written: {error}")
     stop_if_asked(args)
+    tell(args, "claimed")
+
+
+def wait_for_first(args, output):
+    """Until the first process holds the lock: what it refuses, no other process begins."""
+    while heard(args, "claimed") is None:
+        if output.exists():
+            raise SystemExit(0)
+        time.sleep(0.1)
+
+
+def tell(args, what, text=""):
+    """Leave a note for the processes of this start; an old one is nobody's."""
+    if args.ranks > 1:
+        partial(args, what).write_text(f"{os.environ['TORCHELASTIC_RUN_ID']}\n{text}", "utf-8")
+
+
+def heard(args, what):
+    """The text of a note, or None."""
+    with suppress(OSError):
+        run, _, text = partial(args, what).read_text("utf-8").partition("\n")
+        return text if run == os.environ.get("TORCHELASTIC_RUN_ID") else None
 
 
 def stop_if_asked(args, seconds=0, done=""):
-    """Leave with 75, "not finished", where a batch of so many seconds must not begin any more."""
+    """Leave with 75, "not finished", where a batch of so many seconds must not begin any more.
+
+    Under run_ranks.py with 0, which gives the job 75: launchers take all else for a failure.
+    """
     file, until = Path(args.output_file).resolve().with_name("STOP"), args.deadline
-    if file.exists() or time.time() + seconds + 10 > until:
-        why = file if file.exists() else f"DEADLINE {time.ctime(until)}" if until else "SIGTERM"
+    other = heard(args, "stop")
+    if file.exists() or other or time.time() + seconds + 10 > until:
+        why = "SIGTERM" if until == 0 else other or file
+        if not file.exists() and not other and until:
+            why = f"DEADLINE {time.ctime(until)}"
+        tell(args, "stop", why)
         file.unlink(missing_ok=True)
-        note("stopped", f"by {why}; {done}to go on, type the same command or submit the same job")
-        raise SystemExit(75)
+        if args.rank == 0:
+            what = "to go on, type the same command or submit the same job"
+            note("stopped", f"by {why}; {done}{what}")
+        raise SystemExit(0 if "RUN_RANKS" in os.environ else 75)
+
+
+def partial(args, end):
+    """OUT.partial.END; of the first process, whose END is 0, OUT.partial."""
+    return Path(f"{Path(args.output_file).resolve()}.partial{f'.{end}' if end else ''}")
+
+
+def partial_files(args):
+    """The answers so far, of all processes: OUT.partial, OUT.partial.1 ..."""
+    first = partial(args, 0)
+    others = first.parent.glob(f"{glob.escape(first.name)}.[0-9]*")
+    return [file for file in (first, *others) if file.exists()]
+
+
+def read_answers(args):
+    """{number of a row: answer}; damaged lines are left out, and made again."""
+    answers = {}
+    for file in partial_files(args):
+        for line in file.read_bytes().split(b"\n"):
+            with suppress(ValueError, TypeError):
+                numbers, results = json.loads(line)
+                pairs = zip(numbers, results, strict=True)
+                answers |= {number + 0: dict(result) for number, result in pairs}
+    return answers
+
+
+def add_answers(args, numbers, results):
+    """Add a batch's answers to the file of this process."""
+    with partial(args, args.rank).open("a") as file:
+        file.write(f"\n{json.dumps([numbers, results])}\n")
+
+
+def wait_for_all(args):
+    """In the first process, the answers of all as soon as they are there; in the others, none."""
+    if args.rank > 0:
+        tell(args, f"end{args.rank}")
+        return {}
+    while any(heard(args, f"end{rank}") is None for rank in range(1, args.ranks)):
+        stop_if_asked(args, done="another process has rows left; ")
+        time.sleep(1)
+    return read_answers(args)
+
+
+def remove_partial(output):
+    """Remove what write_rows() has made needless."""
+    name = glob.escape(f"{output.name}.partial")
+    for file in [*output.parent.glob(name), *output.parent.glob(f"{name}.*")]:
+        file.unlink()

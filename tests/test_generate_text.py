@@ -297,7 +297,7 @@ def test_longest_first(tmp_path, monkeypatch):
     prompts, asked = [[0] * n for n in (2, 8, 3, 8, 5, 7, 4)], []
     args = SimpleNamespace(
         batch_size=2, max_new_tokens=4, positions=10, output_file=str(tmp_path / "out"),
-        deadline=math.inf,
+        deadline=math.inf, rank=0, ranks=1,
     )  # fmt: skip
 
     def answer(args, model, tokenizer, batch, draw):
@@ -586,6 +586,35 @@ def test_killed_and_started_again(tmp_path, checkpoints, capsys):
     )
 
 
+def test_two_processes_share_a_file(tmp_path, checkpoints):
+    """Started by torchrun, stopped by a file, started again: the answers of one process, in order."""
+    rows = [{"prompt": ROWS[i % 7]["prompt"][: 3 + i % 11], "id": i} for i in range(90)]
+    prompts, output = write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "out"
+    more = (*DRAWN, "--batch_size", 2)
+    assert run_file(checkpoints["llama"], prompts, tmp_path / "one", *more) == 0
+    torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node", 2]
+    words = ["--model_name_or_path", checkpoints["llama"], "--prompt_file", prompts]
+    words += ["--output_file", output, "--max_new_tokens", 8, *more]
+    command = [sys.executable, ROOT / "jobs" / "run_ranks.py", *torchrun, SCRIPT, *words]
+    command, env = [str(word) for word in command], os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    first, second = tmp_path / "out.partial", tmp_path / "out.partial.1"
+    while not (first.exists() and second.exists()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    (tmp_path / "STOP").touch()
+    report = process.communicate()[1]
+    assert process.returncode == 75, report
+    assert report.count("stopped    by ") == report.count(" (llama), ") == 1
+    assert not output.exists() and not (tmp_path / "STOP").exists()
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert output.read_bytes() == (tmp_path / "one").read_bytes()
+    assert not list(tmp_path.glob("out.partial*"))
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and "finished   " in run.stderr
+
+
 def test_alone_it_answers_once(tmp_path, checkpoints, capsys, monkeypatch):
     """Without `jobs` beside it no answer is ever replaced, and none is mixed with others."""
     monkeypatch.setattr(script, "keep_answers", None)
@@ -700,7 +729,7 @@ def test_stopped_again_and_again_is_as_unbroken(tmp_path, checkpoints, monkeypat
         if codes[-1]:
             reason = ("DEADLINE", "SIGTERM", str(tmp_path / "STOP"))[(len(codes) - 1) % 3]
             assert line.startswith("stopped    by " + reason)
-            assert f"; {min(2 * sum(done), 23)} of 23 rows; to go on, type" in line
+            assert f"; {min(2 * sum(done), 23)} of 23 rows are answered; to go on, type" in line
         assert not (tmp_path / "STOP").exists() and output.exists() == (codes[-1] == 0)
     assert codes == [75] * 8 + [0] and done == [2, 1, 1, 2, 1, 1, 2, 1, 1]
     assert output.read_bytes() == (tmp_path / "unbroken").read_bytes()
@@ -763,7 +792,7 @@ NUL = b"\0" * 300
         (lambda lines: [*lines[:-1], lines[-1][:-9], NUL], 4),
         (lambda lines: [*lines[:-1], lines[-1][:7]], 4),  # cut off
         (lambda lines: [*lines[:2], NUL, *lines[2:]], 5),  # in between
-        (lambda lines: [*lines[:2], b"\0" * len(lines[2]), *lines[3:]], 2),
+        (lambda lines: [*lines[:2], b"\0" * len(lines[2]), *lines[3:]], 4),
         (
             lambda lines: [lines[0], lines[0], lines[2], *lines[1:], *lines[1:]],
             5,
