@@ -11,12 +11,12 @@ Follows  https://huggingface.co/docs/transformers/main_classes/model, "resize_to
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import transformers  # its classes, and torch, come when they are used: it takes seconds
@@ -50,9 +50,7 @@ def load_tokenizer(name):
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     quantised = getattr(config, "quantization_config", None)
     check(not quantised, f"{name} is stored quantised. Take the model in full precision.")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    check_tokenizer(name, tokenizer, config.get_text_config().vocab_size)
-    return config, tokenizer
+    return config, exact_tokenizer(name, config.get_text_config().vocab_size, say)
 
 
 def add_tokens(tokenizer, texts):
@@ -134,36 +132,37 @@ def parse(argv):
 
 
 # Copied from finetune_full/finetune_full.py
-def check_tokenizer(name, tokenizer, rows):
-    """Refuse a tokenizer with other ids than the model was trained with."""
-    from transformers.utils import cached_file
+def exact_tokenizer(name, rows, say, grown=False, **remote):
+    """The tokenizer with the ids of the model's own file, which AutoTokenizer may not give."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers.models.auto import tokenization_auto as auto
 
-    files = ("tokenizer_config.json", "tokenizer.json", "spiece.model", "tokenizer.model")
-    kinds = ("missing_entries", "connection_errors", "gated_repo")
-    quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
-    settings, exact, *models = (cached_file(name, file, **quiet) for file in files)
-    settings = json.loads(Path(settings).read_text("utf-8")) if settings else {}
-    faults, last = [], max(tokenizer.get_vocab().values())
-    if model := next(filter(None, models), None):
-        from sentencepiece import SentencePieceProcessor
-
-        sp = SentencePieceProcessor(model_file=model)  # compared on a text of its own pieces
-        kinds = (sp.is_control, sp.is_byte, sp.is_unknown, sp.is_unused)
-        ids = [i for i in range(sp.vocab_size()) if not any(kind(i) for kind in kinds)]
-        pieces = "".join(sp.id_to_piece(ids[:: len(ids) // 500 + 1]))
-        text = "あ" + pieces.replace("▁", " ") + "鬱😀  ＡＢ\nｱ"
-        if sp.encode(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
-            faults.append(f"other ids than {Path(model).name} itself")
-    if last >= rows:
-        faults.append(f"ids up to {last}, past the end of the embedding with its {rows} rows")
+    off = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+    names, off = ("tokenizer.json", "spiece.model", "tokenizer.model"), dict.fromkeys(off, False)
+    exact, *models = (auto.cached_file(name, file, **off) for file in names)
+    text, wanted, plain = "", [], {"add_special_tokens": False, "verbose": False}
+    if file := exact or next(filter(None, models), None):  # compared on a text of its own pieces
+        own = auto.TokenizersBackend(tokenizer_file=file) if exact else SentencePieceProcessor(file)
+        text = "It's WE'LL 1234567  e\u0301ＡＢ鬱😀\n\n\n\tｱ" + own.decode([*range(0, len(own), 7)])
+        wanted = own.encode(text, **(plain if exact else {}))
+    for load in (auto.AutoTokenizer, auto.TokenizersBackend)[: 2 if exact else 1]:
+        with suppress(TypeError if exact else ()):  # a class may not even take in the file
+            tokenizer = load.from_pretrained(name, **remote)
+            if same := tokenizer(text, **plain)["input_ids"] == wanted:
+                break
+    command = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
+    remedy = f"Convert it once: {command} --output_dir NEW, and use NEW."
+    check(same, f"the tokenizer of {name} gives other ids than {Path(file).name} itself. {remedy}")
+    if load is auto.TokenizersBackend:
+        say("tokenizer", f"PreTrainedTokenizerFast.from_pretrained({name!r}), not AutoTokenizer")
+    last, given = max(tokenizer.get_vocab().values()), auto.get_tokenizer_config(name)
+    past = f"{name}'s tokenizer gives ids up to {last}, past the end of the embedding's {rows} rows"
+    check(last < max(rows, grown * len(tokenizer)), f"{past}. {remedy}")
     # transformers 4 put BOS before a text where a Llama tokenizer does not say; 5 does not.
-    is_llama = not exact and str(settings.get("tokenizer_class")).startswith("LlamaTokenizer")
-    has_bos = leading_ids(tokenizer) == [tokenizer.bos_token_id]
-    if settings.get("add_bos_token", is_llama) and not has_bos:
-        faults.append("no BOS, which its files ask for")
-    remedy = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
-    problem = f"the tokenizer of {name} gives {' and '.join(faults)}"
-    check(not faults, f"{problem}. Convert it once: {remedy} --output_dir NEW, and use NEW.")
+    asked = given.get("add_bos_token", not exact and "Llama" in str(given.get("tokenizer_class")))
+    has = not asked or leading_ids(tokenizer) == [tokenizer.bos_token_id]
+    check(has, f"the tokenizer of {name} gives no BOS, which its files ask for. {remedy}")
+    return tokenizer
 
 
 # Copied from finetune_full/finetune_full.py

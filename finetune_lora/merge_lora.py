@@ -11,7 +11,6 @@ Follows  https://huggingface.co/docs/peft/package_reference/lora, "merge_and_unl
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import os
@@ -20,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -120,16 +120,15 @@ def load_model(args, adapter, base):
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
-    from transformers import AutoTokenizer
 
     remote = {"trust_remote_code": args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(base, **remote)
-    if (adapter / "tokenizer_config.json").is_file():  # it may have new tokens besides
-        known = tokenizer.get_vocab().items()
-        tokenizer = AutoTokenizer.from_pretrained(adapter, **remote)
-        check(known <= tokenizer.get_vocab().items(), f"{base} has another vocabulary than it.")
     model, saved = load_base(args, base), load_peft_weights(str(adapter), device="cpu")
     rows = len(model.get_input_embeddings().weight)
+    tokenizer = exact_tokenizer(base, rows, say, **remote)
+    if (adapter / "tokenizer_config.json").is_file():  # it may have new tokens besides
+        known = tokenizer.get_vocab().items()
+        tokenizer = exact_tokenizer(str(adapter), rows, say, grown=True, **remote)
+        check(known <= tokenizer.get_vocab().items(), f"{base} has another vocabulary than it.")
     ids = torch.randint(rows, (2, 16), generator=torch.Generator().manual_seed(0))
     alone = logits_of(model, ids)
     prepare_embeddings(model, saved, len(tokenizer))
@@ -180,11 +179,8 @@ def write(args, adapter, base, model, tokenizer, dtype, ids):
             path.chmod(0o666 & ~mask)  # safetensors writes for the owner only
         # transformers reads these, and writes tokenizer.json alone.
         for name in ("tokenizer.model", "spiece.model"):
-            own = adapter / name
-            source = (
-                own if own.is_file() else cached_file(base, name, **dict.fromkeys(quiet, False))
-            )
-            if source is not None:
+            own = adapter if (adapter / name).is_file() else base
+            if source := cached_file(str(own), name, **dict.fromkeys(quiet, False)):
                 shutil.copy(source, Path(written, name))
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
@@ -204,10 +200,8 @@ def say_rounding(adapter):
     record = (run.parent if run.name.startswith("checkpoint-") else run) / "run_args.yaml"
     text = record.read_text("utf-8") if record.is_file() else ""
     if bits := [bits for bits in (4, 8) if f"load_in_{bits}bit: true" in text]:
-        say(
-            "note",
-            f"trained on the base in {bits[0]} bit, whose rounding is gone now: score it anew",
-        )
+        rounding = f"trained on the base in {bits[0]} bit, whose rounding is gone now"
+        say("note", f"{rounding}: score it anew")
 
 
 # ---- Comparing ----
@@ -246,16 +240,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add, path = parser.add_argument, {"type": os.path.expanduser}
     switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
-    add(
-        "--adapter_name_or_path",
-        **path,
-        required=True,
-        help="Directory or hub name of the adapter.",
-    )
+    add("--adapter_name_or_path", **path, required=True, help="Directory, hub name of the adapter.")
     add("--output_dir", **path, required=True, help="Where the model goes; empty or not there.")
-    add(
-        "--base_model_name_or_path", **path, help="Where the base is. Default: as the adapter says."
-    )
+    add("--base_model_name_or_path", **path, help="Where the base is. Default: the adapter's.")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="To be stored.")
     add("--verify", **switch, help="Print how far the logits differ at each step.")
     add("--trust_remote_code", **switch, help="Run the repository's code. Read it first.")
@@ -265,10 +252,51 @@ def parse(argv):
 def check_output(args):
     """Refuse what could not be written, before anything is loaded."""
     output, is_free = Path(args.output_dir), False
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         output.mkdir(parents=True, exist_ok=True)
         is_free = os.access(output, os.W_OK) and not any(output.iterdir())
     check(is_free, f"--output_dir {output} must be empty, and yours to write. Choose another.")
+
+
+# Copied from finetune_full/finetune_full.py
+def leading_ids(tokenizer):
+    """The ids (a BOS, or none) that this tokenizer puts before every text."""
+    text, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return ids[: ids.index(text[0])]
+
+
+# Copied from finetune_full/finetune_full.py
+def exact_tokenizer(name, rows, say, grown=False, **remote):
+    """The tokenizer with the ids of the model's own file, which AutoTokenizer may not give."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers.models.auto import tokenization_auto as auto
+
+    off = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+    names, off = ("tokenizer.json", "spiece.model", "tokenizer.model"), dict.fromkeys(off, False)
+    exact, *models = (auto.cached_file(name, file, **off) for file in names)
+    text, wanted, plain = "", [], {"add_special_tokens": False, "verbose": False}
+    if file := exact or next(filter(None, models), None):  # compared on a text of its own pieces
+        own = auto.TokenizersBackend(tokenizer_file=file) if exact else SentencePieceProcessor(file)
+        text = "It's WE'LL 1234567  e\u0301ＡＢ鬱😀\n\n\n\tｱ" + own.decode([*range(0, len(own), 7)])
+        wanted = own.encode(text, **(plain if exact else {}))
+    for load in (auto.AutoTokenizer, auto.TokenizersBackend)[: 2 if exact else 1]:
+        with suppress(TypeError if exact else ()):  # a class may not even take in the file
+            tokenizer = load.from_pretrained(name, **remote)
+            if same := tokenizer(text, **plain)["input_ids"] == wanted:
+                break
+    command = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
+    remedy = f"Convert it once: {command} --output_dir NEW, and use NEW."
+    check(same, f"the tokenizer of {name} gives other ids than {Path(file).name} itself. {remedy}")
+    if load is auto.TokenizersBackend:
+        say("tokenizer", f"PreTrainedTokenizerFast.from_pretrained({name!r}), not AutoTokenizer")
+    last, given = max(tokenizer.get_vocab().values()), auto.get_tokenizer_config(name)
+    past = f"{name}'s tokenizer gives ids up to {last}, past the end of the embedding's {rows} rows"
+    check(last < max(rows, grown * len(tokenizer)), f"{past}. {remedy}")
+    # transformers 4 put BOS before a text where a Llama tokenizer does not say; 5 does not.
+    asked = given.get("add_bos_token", not exact and "Llama" in str(given.get("tokenizer_class")))
+    has = not asked or leading_ids(tokenizer) == [tokenizer.bos_token_id]
+    check(has, f"the tokenizer of {name} gives no BOS, which its files ask for. {remedy}")
+    return tokenizer
 
 
 # Copied from generate_text/generate_text.py

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Write a tokenizer.json that gives exactly the ids of a model's sentencepiece file.
+"""Write a tokenizer.json with exactly the ids of a model's own file, and BOS where it belongs.
 
 transformers 5 reads spiece.model or tokenizer.model by rules of its own class for it, not by the
 file's settings: rare characters get lost, spaces are merged, a unigram model is cut up as BPE, and
 nothing is said. The tokenizers are made here from the file's own settings instead, and compared
-with sentencepiece itself. It takes seconds and needs no GPU.
+with sentencepiece itself. A tokenizer.json that is there already stays as it is, but for a BOS that
+tokenizer_config.json asks for and tokens that have no row. It takes seconds and needs no GPU.
 
 A directory  python convert_tokenizer.py --model_name_or_path DIR       (there; old files are kept)
 A hub model  python convert_tokenizer.py --model_name_or_path rinna/NAME --output_dir output/rinna
@@ -31,12 +32,18 @@ def main(argv=None):
     check_arguments(args)
     directory = find_model(args.model_name_or_path)
     files = [directory / name for name in SENTENCEPIECE if Path(directory, name).is_file()]
-    check(files, f"{directory} holds none of {', '.join(SENTENCEPIECE)}: nothing to convert.")
+    exact = directory / "tokenizer.json"
+    wanted = SENTENCEPIECE if args.check else (*WRITTEN[:1], *SENTENCEPIECE)
+    is_there = files or (exact.is_file() and not args.check)
+    check(is_there, f"{directory} holds none of {', '.join(wanted)}: nothing to convert.")
     if args.check:
         count_losses(args, directory, files[0])
         return
-    tokenizer = convert(files[0], directory)
-    compare(tokenizer, files[0])
+    if exact.is_file():
+        tokenizer = complete(exact, directory)
+    else:
+        tokenizer = convert(files[0], directory)
+        compare(tokenizer, files[0])
     write(tokenizer, directory, Path(args.output_dir or directory))
 
 
@@ -93,7 +100,7 @@ def find_model(name):
 def convert(file, directory):
     """Return the tokenizer of a sentencepiece file, with the roles that the JSON files give."""
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer, processors
+    from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -114,17 +121,40 @@ def convert(file, directory):
         is_own = kind == kinds.USER_DEFINED
         if kind in (kinds.CONTROL, kinds.UNKNOWN) or (is_own and not (is_unigram and is_left)):
             tokenizer.add_tokens([AddedToken(name, normalized=False, special=not is_own)])
-    roles, settings, reason = find_roles(directory, set(names), names[unknown], trainer)
-    bos = roles.get("bos_token")
+    known = {"unk_token": names[unknown]}
+    default = {"bos_token": trainer.bos_piece, "eos_token": trainer.eos_piece}
+    roles, settings, reason = find_roles(directory, set(names), known, default)
     if settings["add_bos_token"]:
-        rule = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B"}
-        rule["special_tokens"] = [(bos, names.index(bos))]
-        tokenizer.post_processor = processors.TemplateProcessing(**rule)
+        add_bos(tokenizer, roles["bos_token"])
     kind, has = "unigram" if is_unigram else "BPE", "with" if trainer.byte_fallback else "without"
     print(f"file       {file}: {kind}, {len(names):,} pieces, {has} bytes for rare characters")
     added = "put before every text" if settings["add_bos_token"] else "not added"
     print(f"roles      {', '.join(map(' '.join, roles.items()))}; BOS {added} ({reason})")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles, **settings)
+
+
+def complete(file, directory):
+    """Return the tokenizer of a tokenizer.json as it stands, with its roles; BOS if asked for."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_file(str(file))
+    roles, settings, reason = find_roles(directory, set(tokenizer.get_vocab()), {}, {})
+    tokenizer.add_special_tokens(list(roles.values()))
+    first, bos = tokenizer.encode("a").ids[:1], roles.get("bos_token")
+    if settings.pop("add_bos_token") and first != [tokenizer.token_to_id(bos)]:
+        add_bos(tokenizer, bos)
+    print(f"file       {file}: kept as it is, {tokenizer.get_vocab_size():,} tokens")
+    print(f"roles      {', '.join(map(' '.join, roles.items()))}; BOS {reason}")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles, **settings)
+
+
+def add_bos(tokenizer, bos):
+    from tokenizers import processors
+
+    rule = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B"}
+    rule["special_tokens"] = [(bos, tokenizer.token_to_id(bos))]
+    tokenizer.post_processor = processors.TemplateProcessing(**rule)
 
 
 def make_model(proto, names, unknown):
@@ -170,25 +200,27 @@ def unigram_scores(proto, kinds):
     return [len(p.piece) * best - 0.1 if p.type == own else p.score for p in proto.pieces]
 
 
-def find_roles(directory, names, unknown, trainer):
+def find_roles(directory, names, roles, default):
     """Return ({role: token}, other settings, why BOS is added or not) from the JSON files."""
     config = read_json(directory / "tokenizer_config.json")
     given = read_json(directory / "special_tokens_map.json") | config
-    roles, why = {"unk_token": unknown}, "its id would point past the embedding"
-    for role in ("bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "mask_token"):
+    why = "its id would point past the embedding"
+    kinds = ("bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "mask_token")
+    for role in kinds if roles else ("unk_token", *kinds):
         token = given.get(role)
         token = token.get("content") if isinstance(token, dict) else token
         if token in names:
             roles[role] = token
         elif token:
             print(f"left out   {role} {token}: the model has no such piece, {why}")
-    for role, piece in (("bos_token", trainer.bos_piece), ("eos_token", trainer.eos_piece)):
+    for role, piece in default.items():
         if role not in roles and piece in names:
             roles[role] = piece
     asked, reason = config.get("add_bos_token"), "as tokenizer_config.json says"
     if asked is None:
         # transformers 4 added BOS for a Llama tokenizer that does not say; 5 does not.
-        asked = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+        is_llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+        asked = bool(default) and is_llama
         reason = "a Llama tokenizer's default" if asked else "not asked for"
     settings = {"add_bos_token": bool(asked) and "bos_token" in roles}
     if isinstance(config.get("model_max_length"), int) and config["model_max_length"] < 10**9:

@@ -249,9 +249,9 @@ def test_sentencepiece_files(script, tmp_path, capsys):
         assert not list(out.glob("*.model"))
         check_copy(base, out, ENDS["llama"])
         tokenizer = check_tokenizers(base, out)
-        script.check_tokenizer(str(out), tokenizer, len(tokenizer))
+        script.exact_tokenizer(str(out), len(tokenizer), print)
         with pytest.raises(SystemExit):
-            script.check_tokenizer(str(out), tokenizer, len(tokenizer) - 1)
+            script.exact_tokenizer(str(out), len(tokenizer) - 1, print)
         # Even beside the new tokenizer.json the old file changes nothing.
         for file in base.glob("*.model"):
             shutil.copy(file, out / file.name)

@@ -231,92 +231,99 @@ def test_wrong_conversion_is_refused(script, repositories, monkeypatch, tmp_path
     assert not (tmp_path / "new").exists()
 
 
-SCRIPTS = ["finetune_full", "finetune_lastlayer", "finetune_lora", "generate_text"]
+SCRIPTS = {
+    "finetune_full": "finetune_full",
+    "finetune_lastlayer": "finetune_lastlayer",
+    "add_tokens": "finetune_lastlayer",
+    "finetune_lora": "finetune_lora",
+    "generate_text": "generate_text",
+    "chat": "generate_text",
+}
+
+
+def read(name, directory, rows):
+    """The tokenizer as a script reads it, and the lines that it said."""
+    said, path = [], ROOT / SCRIPTS[name] / f"{name}.py"
+    return load_script(path).exact_tokenizer(
+        str(directory), rows, lambda *line: said.append(line)
+    ), said
+
+
+def refusal(name, directory, rows, capsys):
+    """What a script refuses a directory with: one line that tells what to type."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        read(name, directory, rows)
+    error = capsys.readouterr().err
+    assert (stopped.value.code, error.count("\n")) == (2, 1)
+    assert f"convert_tokenizer.py --model_name_or_path {directory} --output_dir NEW" in error
+    return error.split(" gives ")[1].split(". Convert")[0]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_refuses_what_it_would_read_wrongly(name, repositories, tmp_path, capsys):
     """Each repository as it is published is exact or refused, and what the refusal tells to type makes it exact."""
-    guard = load_script(ROOT / name / f"{name}.py").check_tokenizer
+    exact = set()
     for kind, directory in repositories.items():
         file, _, _, bos = KINDS[kind]
         model = sentencepiece.SentencePieceProcessor(model_file=str(directory / file))
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        sound = all(
-            ids_of(tokenizer, text) == model.encode(text)
-            for text in HARD
-            if not text.startswith(" ")
-        )
-        sound = sound and max(tokenizer.get_vocab().values()) < model.vocab_size()
-        sound = sound and (tokenizer("a")["input_ids"][0] == model.bos_id()) == bos
-        assert sound == (kind == "openllama")  # so that both sides of the guard are seen
-        if sound:
-            guard(str(directory), tokenizer, model.vocab_size())
-            continue
-        with pytest.raises(SystemExit) as stopped:
-            guard(str(directory), tokenizer, model.vocab_size())
-        error = capsys.readouterr().err
-        assert (stopped.value.code, error.count("\n")) == (2, 1)
-        command = error.split("convert_tokenizer.py ")[1].split(", and use")[0]
-        new = tmp_path / directory.name
-        words = command.replace(" NEW", f" {new}").split()
-        load_script(ROOT / "generate_text" / "convert_tokenizer.py").main(words)
-        guard(str(new), AutoTokenizer.from_pretrained(new), model.vocab_size())
+        new = directory
+        try:
+            tokenizer, said = read(name, directory, model.vocab_size())
+            exact.add(kind)
+        except SystemExit:
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            command = error.split("convert_tokenizer.py ")[1].split(", and use")[0]
+            new = tmp_path / directory.name
+            words = command.replace(" NEW", f" {new}").split()
+            load_script(ROOT / "generate_text" / "convert_tokenizer.py").main(words)
+            tokenizer, said = read(name, new, model.vocab_size())
+        for text in HARD:
+            if new != directory or not text.startswith(" "):
+                assert ids_of(tokenizer, text) == model.encode(text), (kind, text)
+        assert (tokenizer("a")["input_ids"][0] == model.bos_id()) == bos
+        assert new == directory or not said
+    assert "openllama" in exact and "rinna" not in exact, "both sides of the guard are seen"
 
 
 def test_each_fault_alone_is_refused(repositories, tmp_path, capsys):
     """A missing BOS, ids past the embedding, other ids: each by itself, and named."""
-    guard = load_script(ROOT / "finetune_full" / "finetune_full.py").check_tokenizer
     convert = load_script(ROOT / "generate_text" / "convert_tokenizer.py")
-    convert.main(
-        [
-            "--model_name_or_path",
-            str(repositories["openllama"]),
-            "--output_dir",
-            str(tmp_path / "new"),
-        ]
-    )
-    config = tmp_path / "new" / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    new = tmp_path / "new"
+    convert.main(["--model_name_or_path", str(repositories["openllama"]), "--output_dir", str(new)])
+    tokenizer, said = read("finetune_full", new, 700)
     rows = len(tokenizer)
-    guard(str(tmp_path / "new"), tokenizer, rows)
-    plain, other = (
-        AutoTokenizer.from_pretrained(tmp_path / "new"),
-        AutoTokenizer.from_pretrained(tmp_path / "new"),
-    )
-    plain.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-    other.backend_tokenizer.normalizer = None
-    for wrong, count, message in (
-        (plain, rows, "no BOS"),
-        (tokenizer, rows - 1, "past the end"),
-        (other, rows, "other ids"),
-    ):
-        with pytest.raises(SystemExit):
-            guard(str(tmp_path / "new"), wrong, count)
-        faults = capsys.readouterr().err.split(" gives ")[1].split(". Convert")[0]
-        assert message in faults
-        assert " and " not in faults, "only what is wrong is named"
+    assert not said and rows <= 700
+    read("finetune_full", new, rows)
+    past = refusal("finetune_full", new, rows - 1, capsys)
+    assert past.startswith(f"ids up to {rows - 1}, past the end of the embedding's {rows - 1} rows")
+    own = (new / "tokenizer.json").read_text()
+    backend = Tokenizer.from_str(own)
+    backend.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    backend.save(str(new / "tokenizer.json"))
+    config = new / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
+    assert refusal("finetune_full", new, rows, capsys) == "no BOS, which its files ask for"
+    # A class that reads a sentencepiece file by other rules, and no tokenizer.json.
+    other = tmp_path / "other"
+    shutil.copytree(repositories["rinna"], other)
+    assert refusal("finetune_full", other, 800, capsys) == "other ids than spiece.model itself"
 
 
 def test_a_llama_tokenizer_that_does_not_speak_of_bos(repositories, tmp_path, capsys):
     """transformers 4 added BOS then, 5 does not: with all ids right, only BOS is missing."""
-    guard = load_script(ROOT / "finetune_full" / "finetune_full.py").check_tokenizer
     (tmp_path / "tokenizer.model").write_bytes(
         (repositories["openllama"] / "tokenizer.model").read_bytes()
     )
     config = {
         name: value for name, value in KINDS["openllama"][2].items() if name != "add_bos_token"
     }
-    for said in ({}, {"add_bos_token": False}):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | said))
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-        if said:
-            guard(str(tmp_path), tokenizer, len(tokenizer))
-            continue
-        with pytest.raises(SystemExit):
-            guard(str(tmp_path), tokenizer, len(tokenizer))
-        assert "gives no BOS, which its files ask for. Convert" in capsys.readouterr().err
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
+    read("finetune_full", tmp_path, 700)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    problem = "no BOS, which its files ask for"
+    assert refusal("finetune_full", tmp_path, 700, capsys) == problem
 
 
 def test_bad_input(script, repositories, tmp_path, capsys):

@@ -14,6 +14,8 @@ LIMITS = {
     "finetune_lastlayer/finetune_lastlayer.py": 1095,
     "generate_text/generate_text.py": 560,
     "generate_text/chat.py": 380,
+    "generate_text/convert_tokenizer.py": 330,
+    "finetune_lora/merge_lora.py": 330,
 }
 # Lines in which `diff` finds a script other than finetune_full.py: the lesson and little else.
 DIFFERENCES = {
