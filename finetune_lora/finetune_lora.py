@@ -28,7 +28,6 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-import yaml
 from datasets import Dataset, Features, List, Value
 from pyarrow.parquet import ParquetFile
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -396,7 +395,8 @@ def main(argv=None):
     except Exception as error:
         if isinstance(error, NameError | AttributeError | TypeError):
             raise  # of an edit: its place is of use
-        fail(error if " " in str(error) else repr(error))
+        full = isinstance(error, torch.OutOfMemoryError)
+        fail(OUT_OF_MEMORY if full else error if " " in str(error) else repr(error), full)
     try:
         with keep_run.hold(training, run) if keep_run else nullcontext():
             trainer.train(resume_from_checkpoint=resume)
@@ -508,16 +508,8 @@ def parse(argv):
     parser.error = keep_run.refuse if keep_run else fail  # one line, not 200 of usage
     parser.set_defaults(**DEFAULTS, do_train=True)
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0].lower().endswith((".yaml", ".yml", ".json")):
-        settings = yaml.safe_load(Path(words.pop(0)).expanduser().read_text("utf-8"))
-        check(isinstance(settings, dict), "a settings file must hold lines of `name: value`.")
-        settings.pop("run", None)  # what run_args.yaml tells besides
-        for name, value in reversed(settings.items()):
-            values = value if isinstance(value, list) else [value]
-            words[:0] = [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
-    for number, word in enumerate(words):
-        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        words[number] = name + equals + os.path.expanduser(value)  # noqa: PTH111 -- any word
+    if keep_run:
+        words = keep_run.read_words(words)  # a settings file such as run_args.yaml, ~
     values = vars(parser.parse_args(words))
     defaults = vars(parser.parse_args(["--model_name_or_path", ""]))
     given = {name: value for name, value in values.items() if value != defaults[name]}
@@ -677,10 +669,10 @@ def check_model(script, tokenizer, model, info):
         model.generation_config.do_sample = True
 
 
-def peak_memory():
+def peak_memory(of=torch.cuda.max_memory_allocated):
     """Peak memory in GiB: of this process's GPU where it uses one, else of the process."""
     host = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    return torch.cuda.max_memory_allocated() / 2**30 or host
+    return of() / 2**30 or host
 
 
 def print_banner(script, trainer, run, resume):
@@ -737,13 +729,18 @@ def save_results(trainer, run):
     seconds, steps = time.time() - trainer.began, [entry for entry in history if "loss" in entry]
     learned = sum(entry["num_learned"] for entry in steps)
     loss = sum(entry["loss"] * entry["num_learned"] for entry in steps) / learned
-    speed, memory, count = trainer.tokens_seen / seconds, peak_memory(), trainer.state.global_step
+    speed, count = trainer.tokens_seen / seconds, trainer.state.global_step
+    peaks = [peak_memory(), peak_memory(torch.cuda.max_memory_reserved)]  # the most of any process
+    peaks = trainer.accelerator.gather(torch.tensor([peaks], device=trainer.args.device)).amax(0)
+    memory, reserved = peaks.tolist()
     results = {**run, "train_loss": loss, "train_runtime": seconds, "steps": count}
     results |= {"train_tokens_per_second": speed, "peak_memory_gib": memory}
+    results |= {"peak_reserved_gib": reserved}
     results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     trainer.save_metrics("all", results, combined=False)
     speed = f"{count:,} steps, {seconds:,.0f} s, {speed:,.0f} tok/s"
-    say("done", f"loss {loss:.4f}, {speed}, peak {memory:.2f} GiB")
+    more = f" ({reserved:.2f} reserved)" if reserved != memory else ""
+    say("done", f"loss {loss:.4f}, {speed}, peak {memory:.2f} GiB{more}")
 
 
 if __name__ == "__main__":

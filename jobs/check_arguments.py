@@ -4,10 +4,12 @@ The training scripts import this file where `jobs` lies beside their directory. 
 before anything is loaded; each refusal is one line, and exit code 2.
 """
 
+import json
 import os
 from pathlib import Path
 
 import torch
+import yaml
 from run_common import check, fail
 from transformers import Trainer, modeling_utils
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -30,6 +32,22 @@ GONE = {
     "--load_in_8bit": "type finetune_lora.py --lora_target_modules none --modules_to_save lm_head "
     "--load_in_8bit true",
 }
+
+
+def read_words(words):
+    """The words of a command line; a settings file in front as its options, ~ as the home."""
+    words = list(words)
+    if words and words[0].lower().endswith((".yaml", ".yml", ".json")):
+        settings = yaml.safe_load(Path(words.pop(0)).expanduser().read_text("utf-8"))
+        check(isinstance(settings, dict), "a settings file must hold lines of `name: value`.")
+        settings.pop("run", None)  # what run_args.yaml tells besides
+        for name, value in reversed(settings.items()):
+            values = value if isinstance(value, list) else [value]
+            words[:0] = [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
+    for number, word in enumerate(words):
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words[number] = name + equals + os.path.expanduser(value)  # noqa: PTH111 -- any word
+    return words
 
 
 def refuse(message):

@@ -32,16 +32,7 @@ def claim_output(args, precision, prompts):
     args.deadline = read_deadline()
     signal.signal(signal.SIGTERM, lambda *_: setattr(args, "deadline", 0))
     output = Path(args.output_file).resolve()
-    text = Path(args.prompt_file).read_bytes() + json.dumps(prompts).encode()
-    settings = vars(args) | {"precision": precision, "prompts": hashlib.sha256(text).hexdigest()}
-    free = ["device_map", "prompt_file", "output_file", "deadline", "rank", "ranks"]
-    if precision == "fp32" and not args.do_sample:  # in 16 bit, near ties can hang on the batch
-        free.append("batch_size")
-    settings |= dict.fromkeys(free)  # they change no answer
-    for directory in (args.base, args.model_name_or_path):
-        for name in ("*.safetensors", "*.bin", "*config.json"):
-            stats = [(file.name, file.stat()) for file in sorted(Path(directory).glob(name))]
-            settings[f"{directory}/{name}"] = [[n, s.st_size, s.st_mtime_ns] for n, s in stats]
+    settings = describe(args, precision, prompts)
     record = Path(f"{output}.settings.json")
     if args.rank > 0:
         wait_for_first(args, output)
@@ -73,6 +64,21 @@ def claim_output(args, precision, prompts):
         fail(f"--output_file {output} cannot be written: {error}")
     stop_if_asked(args)
     tell(args, "claimed")
+
+
+def describe(args, precision, prompts):
+    """What decides the answers: arguments, prompts, and the files of the model."""
+    text = Path(args.prompt_file).read_bytes() + json.dumps(prompts).encode()
+    settings = vars(args) | {"precision": precision, "prompts": hashlib.sha256(text).hexdigest()}
+    free = ["device_map", "prompt_file", "output_file", "deadline", "rank", "ranks"]
+    if precision == "fp32" and not args.do_sample:  # in 16 bit, near ties can hang on the batch
+        free.append("batch_size")
+    settings |= dict.fromkeys(free)  # they change no answer
+    for directory in (args.base, args.model_name_or_path):
+        for name in ("*.safetensors", "*.bin", "*config.json"):
+            stats = [(file.name, file.stat()) for file in sorted(Path(directory).glob(name))]
+            settings[f"{directory}/{name}"] = [[n, s.st_size, s.st_mtime_ns] for n, s in stats]
+    return settings
 
 
 def wait_for_first(args, output):

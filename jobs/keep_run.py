@@ -21,7 +21,7 @@ from pickle import UnpicklingError
 import torch
 import transformers
 import yaml
-from check_arguments import check_arguments, refuse  # noqa: F401 -- for the scripts
+from check_arguments import check_arguments, read_words, refuse  # noqa: F401 -- for the scripts
 from run_common import check, fail, read_deadline, say
 from run_files import (
     check_lock,
