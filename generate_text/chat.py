@@ -147,24 +147,15 @@ def load_model(args, precision, tokenizer):
 
 
 def add_adapter(args, model, tokens):
-    """The model with its adapter and, where that brings new tokens, rows for them."""
-    import torch
+    """The model with its adapter on it."""
     from peft import PeftModel
 
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokens > rows:
-        model.resize_token_embeddings(tokens, mean_resizing=False)
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    new = [end.weight.data[rows:].fill_(torch.nan) for end in ends]  # shows what it does not bring
+    merge = f"merge_lora.py --adapter_name_or_path {args.model_name_or_path} --output_dir NEW"
+    problem = f"it brings rows for new tokens. Type: python ../finetune_lora/{merge}, and use NEW."
+    check(tokens <= model.get_input_embeddings().weight.shape[0], problem)
     warnings.simplefilter("ignore", FutureWarning)  # of one package about another
     warnings.filterwarnings("error", ".*missing adapter keys")  # peft would go on without them
-    model = PeftModel.from_pretrained(model, args.model_name_or_path)
-    ids = torch.arange(tokens, device=model.device)[None, rows:][:, -16:]
-    is_whole = tokens <= rows or model(input_ids=ids).logits.isfinite().all()
-    check(is_whole, f"the adapter lacks rows for its {tokens - rows} new tokens.")
-    for weight in new:
-        weight.zero_()  # what the base makes of them, for --compare_base
-    return model
+    return PeftModel.from_pretrained(model, args.model_name_or_path)
 
 
 def set_generation(args, model, tokenizer, is_chat):

@@ -219,24 +219,15 @@ def load_model(args, precision, tokenizer):
 
 
 def add_adapter(args, model, tokens):
-    """The model with its adapter and, where that brings new tokens, rows for them."""
-    import torch
+    """The model with its adapter on it."""
     from peft import PeftModel
 
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokens > rows:
-        model.resize_token_embeddings(tokens, mean_resizing=False)
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    new = [end.weight.data[rows:].fill_(torch.nan) for end in ends]  # shows what it does not bring
+    merge = f"merge_lora.py --adapter_name_or_path {args.model_name_or_path} --output_dir NEW"
+    problem = f"it brings rows for new tokens. Type: python ../finetune_lora/{merge}, and use NEW."
+    check(tokens <= model.get_input_embeddings().weight.shape[0], problem)
     warnings.simplefilter("ignore", FutureWarning)  # of one package about another
     warnings.filterwarnings("error", ".*missing adapter keys")  # peft would go on without them
-    model = PeftModel.from_pretrained(model, args.model_name_or_path)
-    ids = torch.arange(tokens, device=model.device)[None, rows:][:, -16:]
-    is_whole = tokens <= rows or model(input_ids=ids).logits.isfinite().all()
-    check(is_whole, f"the adapter lacks rows for its {tokens - rows} new tokens.")
-    for weight in new:
-        weight.zero_()  # what the base makes of them, for --compare_base
-    return model
+    return PeftModel.from_pretrained(model, args.model_name_or_path)
 
 
 def set_generation(args, model, tokenizer, is_chat):
@@ -281,8 +272,11 @@ def main(argv=None):
         args.batch_size = args.batch_size or (8 if reason == "no GPU in use" else 64)
         tokenizer = load_tokenizer(args)
         form, rows, prompts = read_prompts(args, tokenizer)
-        if args.prompt_file:
-            claim_output(args, precision, prompts)
+        if args.prompt_file and keep_answers:
+            keep_answers.claim_output(args, precision, prompts)
+        elif args.prompt_file:
+            check(not Path(args.output_file).exists(), f"{args.output_file} would be replaced.")
+            note("alone", "once cut off, this cannot go on: `jobs` is not beside this directory")
         model = load_model(args, precision, tokenizer)
         set_generation(args, model, tokenizer, is_chat=form != "prompt")
     except Exception as error:  # damaged files can raise anything
@@ -351,7 +345,11 @@ def answer_file(args, model, tokenizer, rows, prompts):
     if args.ranks > 1:
         answers = keep_answers.wait_for_all(args)
     if args.rank == 0:
-        write_rows(args, [row | answers[i] for i, row in enumerate(rows)])
+        new = Path(f"{args.output_file}.tmp")
+        with new.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            for i, row in enumerate(rows):
+                file.write(json.dumps(row | answers[i], ensure_ascii=False, default=str) + "\n")
+        keep_answers.finish(args, new) if keep_answers else new.replace(args.output_file)
     done = f"{len(rows):,} rows in {args.output_file}; {done} {seconds:,.0f} s"
     note("done", f"{done}, {tokens / seconds:,.0f} tok/s; {cut:,} cut off before a stop token")
 
@@ -364,20 +362,6 @@ def batches(args, numbers, prompts):
         found.append(numbers[first : first + (args.batch_size if fits else 1)])
         first += len(found[-1])
     return found
-
-
-def write_rows(args, rows):
-    """Write the rows in their order, all at once: a crash leaves none or all of them."""
-    output = Path(args.output_file).resolve()
-    new = Path(f"{output}.tmp")
-    with new.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # or a crash might leave neither these nor what they replace
-    new.replace(output)
-    if keep_answers:
-        keep_answers.remove_partial(output)
 
 
 # ---- 5. Guard rails: no need to read ----
@@ -499,17 +483,6 @@ def exact_tokenizer(name, rows, say, grown=False, **remote):
     has = not asked or leading_ids(tokenizer) == [tokenizer.bos_token_id]
     check(has, f"the tokenizer of {name} gives no BOS, which its files ask for. {remedy}")
     return tokenizer
-
-
-def claim_output(args, precision, prompts):
-    """Refuse to mix answers, or to replace a file of others."""
-    if keep_answers:
-        keep_answers.claim_output(args, precision, prompts)
-    else:
-        names = [f"{args.output_file}{end}" for end in ("", ".partial", ".tmp")]
-        there = [name for name in names if Path(name).exists()]
-        check(not there, f"{there} would be replaced. Choose another --output_file.")
-        note("alone", "once cut off, this cannot go on: `jobs` is not beside this directory")
 
 
 def print_banner(args, model, tokenizer, precision, prompts):

@@ -62,6 +62,7 @@ def claim_output(args, precision, prompts):
             record.write_text(json.dumps(settings, indent=1, ensure_ascii=False), "utf-8")
     except OSError as error:
         fail(f"--output_file {output} cannot be written: {error}")
+    Path(f"{output}.tmp").unlink(missing_ok=True)  # of a run that was killed at its end
     stop_if_asked(args)
     tell(args, "claimed")
 
@@ -162,8 +163,12 @@ def wait_for_all(args):
     return read_answers(args)
 
 
-def remove_partial(output):
-    """Remove what write_rows() has made needless."""
+def finish(args, new):
+    """Put the file of all rows in its place, and remove the answers so far."""
+    output = Path(args.output_file).resolve()
+    with new.open("rb") as file:
+        os.fsync(file.fileno())  # or a crash might leave neither these nor what they replace
+    new.replace(output)
     name = glob.escape(f"{output.name}.partial")
     for file in [*output.parent.glob(name), *output.parent.glob(f"{name}.*")]:
         file.unlink()

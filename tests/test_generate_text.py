@@ -1,5 +1,6 @@
 """generate_text.py and chat.py against plain forward passes, their own restarts, and bad input."""
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -624,11 +625,12 @@ def test_alone_it_answers_once(tmp_path, checkpoints, capsys, monkeypatch):
     before = output.read_bytes()
     found = [row["generated_text"] for row in read_jsonl(output)]
     assert found == expected(checkpoints["llama"], ROWS, 8)
-    for there in (output, tmp_path / "out.jsonl.partial"):
-        assert run_file(checkpoints["llama"], prompts, output) == 2
-        assert f"'{there}'] would be replaced" in capsys.readouterr().err
-        assert there.read_bytes() == before
-        output.rename(tmp_path / "out.jsonl.partial") if there == output else None
+    assert run_file(checkpoints["llama"], prompts, output) == 2
+    assert f"{output} would be replaced" in capsys.readouterr().err
+    output.rename(tmp_path / "out.jsonl.tmp")
+    assert run_file(checkpoints["llama"], prompts, output) == 2
+    assert "File exists" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl.tmp").read_bytes() == before
 
 
 @pytest.fixture
@@ -982,59 +984,23 @@ def test_adapter_may_bring_its_tokenizer_and_stop_tokens(tmp_path, capsys, adapt
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mpt"])
-def test_adapter_may_bring_new_tokens(tmp_path, capsys, checkpoints, kind):
+def test_adapter_that_brings_new_tokens_is_to_be_merged(tmp_path, capsys, checkpoints):
     from peft import LoraConfig, get_peft_model
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoints[kind])
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama"])
     tokenizer.add_tokens(["<甲>", "<乙>"])
-    names = {"llama": ("embed_tokens", "lm_head"), "qwen3": ("embed_tokens",), "mpt": ("wte",)}[
-        kind
-    ]  # tied: one end
-    for brings in (True, False):
-        model = AutoModelForCausalLM.from_pretrained(checkpoints[kind])
-        model.resize_token_embeddings(302, mean_resizing=False)
-        rows = {name: [300, 301] for name in names} if brings else None
-        torch.manual_seed(2)
-        settings = LoraConfig(
-            target_modules="all-linear", init_lora_weights=False, trainable_token_indices=rows
-        )
-        model = get_peft_model(model, settings).eval()
-        for name, parameter in model.named_parameters():
-            if "trainable_tokens_delta" in name:
-                torch.nn.init.normal_(parameter, std=0.5)  # so large that the new tokens are drawn
-        directory = tmp_path / str(brings)
-        model.save_pretrained(directory, save_embedding_layers=False)
-        tokenizer.save_pretrained(directory)
-        code = run(
-            "--model_name_or_path",
-            directory,
-            "--prompt",
-            "質問<甲>",
-            "--max_new_tokens",
-            8,
-            "--compare_base",
-        )
-        out, error = capsys.readouterr()
-        if not brings:
-            assert code == 2 and "lacks rows for its 2 new tokens" in error.splitlines()[-1]
-            continue
-        new = greedy(
-            model, tokenizer("質問<甲>")["input_ids"], 8, {0, model.generation_config.eos_token_id}
-        )
-        answer, base = out.removeprefix("--- generated_text\n").split("\n--- base_generated_text\n")
-        assert code == 0 and answer == tokenizer.decode(new, skip_special_tokens=True)
-        assert kind != "llama" or {300, 301} & {*new}
-        plain = AutoModelForCausalLM.from_pretrained(
-            checkpoints[kind]
-        )  # to the base, a new token is a row of zeros
-        plain.resize_token_embeddings(302, mean_resizing=False)
-        for end in (plain.get_input_embeddings(), plain.get_output_embeddings()):
-            end.weight.data[300:] = 0
-        new = greedy(
-            plain, tokenizer("質問<甲>")["input_ids"], 8, {0, plain.generation_config.eos_token_id}
-        )
-        assert new and base == tokenizer.decode(new, skip_special_tokens=True) + "\n"
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
+    model.resize_token_embeddings(302, mean_resizing=False)
+    rows = {name: [300, 301] for name in ("embed_tokens", "lm_head")}
+    settings = LoraConfig(target_modules="all-linear", trainable_token_indices=rows)
+    get_peft_model(model, settings).save_pretrained(tmp_path, save_embedding_layers=False)
+    tokenizer.save_pretrained(tmp_path)
+    for run_it in (run, chat.main):
+        words = ["--model_name_or_path", str(tmp_path)]
+        with contextlib.suppress(SystemExit):
+            run_it(*words, "--prompt", "質問") if run_it is run else run_it(words)
+        command = f"merge_lora.py --adapter_name_or_path {tmp_path} --output_dir NEW, and use NEW."
+        assert command in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("kind", ["llama", "falcon"])
