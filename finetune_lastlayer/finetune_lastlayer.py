@@ -60,6 +60,10 @@ class ScriptArguments:
     train: str = HfArg(default="last_layer", help="Or last_block, input_output, new_tokens, REGEX.")
     new_tokens: str | None = HfArg(default=None, help='"<a>,<b>": train their rows only.')
 
+    def __post_init__(self):
+        names = (self.new_tokens or "").split(",")
+        self.new_tokens = [name.strip() for name in names if name.strip()]
+
 
 # Where we start from other values than Trainer; the command line wins.
 DEFAULTS = {"output_dir": "output", "learning_rate": 1e-4, "logging_steps": 10}
@@ -262,6 +266,8 @@ def load_model(script, training, tokenizer, resume):
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in chosen
     if script.train == "new_tokens":
+        unknown = set(script.new_tokens) - tokenizer.get_vocab().keys()
+        check(not unknown, f"{unknown}: add_tokens.py must add them first.")
         train_rows(model, tokenizer.convert_tokens_to_ids(script.new_tokens))
     others = f" and {len(chosen) - 3} more (see show_model.py)" if len(chosen) > 3 else ""
     say("trained", f"{', '.join(chosen[-3:])}{others}; all else is frozen")
@@ -336,28 +342,8 @@ def train_rows(model, rows):
     model.get_nb_trainable_parameters = lambda: (trained, total)
 
 
-def check_tokens(script, tokenizer, examples):
-    """Refuse --new_tokens that the tokenizer does not have, or that nothing would teach."""
-    seen = {token for ids in examples["input_ids"] for token in ids} if script.new_tokens else ()
-    for token in script.new_tokens:
-        row, problem = tokenizer.get_vocab().get(token), f"--new_tokens {token}:"
-        check(row is not None, f"{problem} ../finetune_lastlayer/add_tokens.py must add it first.")
-        check(row in seen, f"{problem} it does not occur in the training data.")
-        say("row", f"{token} = {row}")
-
-
-def check_method(script, training):
-    """Refuse what cannot work, before data and weights are loaded; NAME,NAME becomes a list."""
-    names = (script.new_tokens or "").split(",")
-    script.new_tokens = [name.strip() for name in names if name.strip()]
-    has_rows, optimizer = script.train == "new_tokens", training.optim
-    check(
-        has_rows == bool(script.new_tokens),
-        '--train new_tokens and --new_tokens "<a>,<b>" go together.',
-    )
-    # Others move rows that get no gradient, too.
-    exact = training.weight_decay == 0 and optimizer in ("adamw_torch_fused", "adamw_torch", "sgd")
-    check(exact or not has_rows, "new tokens need --weight_decay 0 and --optim adamw_torch_fused.")
+def check_part(script, training):
+    """Refuse a --train that means nothing, before data and weights are loaded."""
     if is_deepspeed_zero3_enabled():
         return  # the twin below would be spread over the GPUs; load_model finds the same errors
     remote = {"trust_remote_code": script.trust_remote_code}
@@ -378,11 +364,10 @@ def main(argv=None):
     datasets.disable_progress_bars()
     try:
         script, training, given = parse(argv)
-        check_method(script, training)
+        check_part(script, training)
         resume, run = find_run(script, training, given)
         tokenizer, max_length = load_tokenizer(script)
         data = load_data(script, training, tokenizer, max_length, run.get("data", os.urandom(8)))
-        check_tokens(script, tokenizer, data["train_dataset"])
         model = load_model(script, training, tokenizer, resume)
         trainer = FineTuner(model, training, collate, **data, processing_class=tokenizer)
         begin(script, trainer, given, run, resume)

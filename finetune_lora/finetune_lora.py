@@ -21,7 +21,6 @@ import time
 import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from datasets import Dataset, Features, List, Value
 from pyarrow.parquet import ParquetFile
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_count
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
@@ -65,6 +63,11 @@ class ScriptArguments:
     new_tokens: str | None = HfArg(default=None, help='"<a>,<b>": train their rows, too.')
     load_in_8bit: bool = HfArg(default=False, help="Base in 8 bit: half of 16 bit's memory.")
     load_in_4bit: bool = HfArg(default=False, help="Base in 4 bit (QLoRA): a quarter, slower.")
+
+    def __post_init__(self):  # NAME,NAME becomes a list
+        for option in ("lora_target_modules", "modules_to_save", "new_tokens"):
+            names = (getattr(self, option) or "").split(",")
+            setattr(self, option, [name.strip() for name in names if name.strip()])
 
 
 # Where we start from other values than Trainer; the command line wins.
@@ -297,6 +300,8 @@ def add_adapter(script, training, tokenizer, model):
     model.config.tie_word_embeddings = head.weight is embedding.weight
     ends = [embedding] if head.weight is embedding.weight else [embedding, head]
     ends = [name for name, module in model.named_modules() if module in ends]
+    unknown = set(script.new_tokens) - tokenizer.get_vocab().keys()
+    check(not unknown, f"{unknown}: ../finetune_lastlayer/add_tokens.py must add them first.")
     rows = tokenizer.convert_tokens_to_ids(script.new_tokens)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -342,39 +347,6 @@ def find_modules(model, script, option):
     return found or None
 
 
-# Copied from finetune_lastlayer/finetune_lastlayer.py
-def check_tokens(script, tokenizer, examples):
-    """Refuse --new_tokens that the tokenizer does not have, or that nothing would teach."""
-    seen = {token for ids in examples["input_ids"] for token in ids} if script.new_tokens else ()
-    for token in script.new_tokens:
-        row, problem = tokenizer.get_vocab().get(token), f"--new_tokens {token}:"
-        check(row is not None, f"{problem} ../finetune_lastlayer/add_tokens.py must add it first.")
-        check(row in seen, f"{problem} it does not occur in the training data.")
-        say("row", f"{token} = {row}")
-
-
-def check_method(script, training):
-    """Refuse what cannot work, or would only seem to; NAME,NAME becomes a list."""
-    for name in ("lora_target_modules", "modules_to_save", "new_tokens"):
-        value = getattr(script, name)
-        names = [part.strip() for part in (value or "").split(",") if part.strip()]
-        check(names or value is None, f"--{name} names nothing. Give NAME,NAME.")
-        setattr(script, name, names)
-    good = script.lora_r > 0 and 0 < script.lora_alpha < math.inf and 0 <= script.lora_dropout < 1
-    check(good, "--lora_r, --lora_alpha: above 0; --lora_dropout: at least 0 and below 1.")
-    trains = script.lora_target_modules != ["none"] or script.modules_to_save or script.new_tokens
-    check(trains, "--lora_target_modules none trains nothing without --modules_to_save NAME.")
-    check(not (script.load_in_8bit and script.load_in_4bit), "--load_in_8bit or --load_in_4bit?")
-    quantised = script.load_in_8bit or script.load_in_4bit
-    for package in ["peft", "bitsandbytes"] if quantised else ["peft"]:
-        check(find_spec(package), f"a package is missing. Type: pip install {package}")
-    is_old = training.device.type == "cuda" and torch.cuda.get_device_capability() < (7, 5)
-    good = not (script.load_in_8bit and is_old)
-    check(good, "--load_in_8bit goes wrong on this GPU: use --load_in_4bit true, or fp16.")
-    impossible = is_deepspeed_zero3_enabled() and (quantised or script.new_tokens)
-    check(not impossible, "ZeRO-3 parts no quantised base and no new tokens. Use zero2.json.")
-
-
 # ---- 4. Training ----
 
 
@@ -384,11 +356,9 @@ def main(argv=None):
     datasets.disable_progress_bars()
     try:
         script, training, given = parse(argv)
-        check_method(script, training)
         resume, run = find_run(script, training, given)
         tokenizer, max_length = load_tokenizer(script)
         data = load_data(script, training, tokenizer, max_length, run.get("data", os.urandom(8)))
-        check_tokens(script, tokenizer, data["train_dataset"])
         model = load_model(script, training, tokenizer, resume)
         trainer = FineTuner(model, training, collate, **data, processing_class=tokenizer)
         begin(script, trainer, given, run, resume)

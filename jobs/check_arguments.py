@@ -5,12 +5,14 @@ before anything is loaded; each refusal is one line, and exit code 2.
 """
 
 import json
+import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import yaml
-from run_common import check, fail
+from run_common import check, fail, say
 from transformers import Trainer, modeling_utils
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -75,6 +77,10 @@ def check_arguments(script, training, given):
     is_inside = model.resolve() in [output_dir, *output_dir.glob("checkpoint-*")]
     check(not is_inside, "--output_dir holds the model to start from. Choose another --output_dir.")
     check_data(script, training, given)
+    if hasattr(script, "lora_r"):
+        check_lora(script, training, given)
+    elif hasattr(script, "train"):
+        check_lastlayer(script, training)
     none = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or os.environ.get("PBS_QUEUE") == "rt_HC"
     driver = Path("/dev/nvidiactl").exists() and not none
     problem = f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not see the GPU"
@@ -115,6 +121,45 @@ def prepare_deepspeed(training):
                 return torch.equal(one, other)
 
         modeling_utils._tied_params_are_equal = equal
+
+
+def check_lora(script, training, given):
+    """Refuse what finetune_lora.py cannot do, or would only seem to do."""
+    for name in ("lora_target_modules", "modules_to_save", "new_tokens"):
+        check(
+            getattr(script, name) or name not in given, f"--{name} names nothing. Give NAME,NAME."
+        )
+    good = script.lora_r > 0 and 0 < script.lora_alpha < math.inf and 0 <= script.lora_dropout < 1
+    check(good, "--lora_r, --lora_alpha: above 0; --lora_dropout: at least 0 and below 1.")
+    trains = script.lora_target_modules != ["none"] or script.modules_to_save or script.new_tokens
+    check(trains, "--lora_target_modules none trains nothing without --modules_to_save NAME.")
+    check(not (script.load_in_8bit and script.load_in_4bit), "--load_in_8bit or --load_in_4bit?")
+    quantised = script.load_in_8bit or script.load_in_4bit
+    for package in ["peft", "bitsandbytes"] if quantised else ["peft"]:
+        check(find_spec(package), f"a package is missing. Type: pip install {package}")
+    is_old = training.device.type == "cuda" and torch.cuda.get_device_capability() < (7, 5)
+    good = not (script.load_in_8bit and is_old)
+    check(good, "--load_in_8bit goes wrong on this GPU: use --load_in_4bit true, or fp16.")
+    impossible = is_deepspeed_zero3_enabled() and (quantised or script.new_tokens)
+    check(not impossible, "ZeRO-3 parts no quantised base and no new tokens. Use zero2.json.")
+
+
+def check_lastlayer(script, training):
+    """Refuse new tokens without their rows, and optimizers that move other rows, too."""
+    has_rows, names = script.train == "new_tokens", '--train new_tokens and --new_tokens "<a>,<b>"'
+    check(has_rows == bool(script.new_tokens), f"{names} go together.")
+    known = ("adamw_torch_fused", "adamw_torch", "sgd")
+    exact = training.weight_decay == 0 and training.optim in known
+    check(exact or not has_rows, "new tokens need --weight_decay 0 and --optim adamw_torch_fused.")
+
+
+def check_tokens(names, tokenizer, examples):
+    """Refuse new tokens that nothing would teach."""
+    seen = {token for ids in examples["input_ids"] for token in ids} if names else ()
+    for name in names:
+        row = tokenizer.convert_tokens_to_ids(name)
+        check(row in seen, f"--new_tokens {name}: it does not occur in the training data.")
+        say("row", f"{name} = {row}")
 
 
 def check_data(script, training, given):

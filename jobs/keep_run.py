@@ -21,7 +21,7 @@ from pickle import UnpicklingError
 import torch
 import transformers
 import yaml
-from check_arguments import check_arguments, read_words, refuse  # noqa: F401 -- for the scripts
+from check_arguments import check_arguments, check_tokens, read_words, refuse  # noqa: F401 -- for the scripts
 from run_common import check, fail, read_deadline, say
 from run_files import (
     check_lock,
@@ -149,6 +149,8 @@ class KeepRun(transformers.TrainerCallback):
 
     def __init__(self, trainer, given, run, resume):
         args, self.trainer, self.run_id = trainer.args, trainer, run["id"]
+        names = [name.strip() for name in given.get("new_tokens", "").split(",") if name.strip()]
+        check_tokens(names, trainer.processing_class, trainer.train_dataset)
         self.keep = given.get("save_total_limit") or sys.maxsize
         weights, trained = run["total_parameters"], run["trainable_parameters"]
         moments = (2 if "8bit" in args.optim else 8) + 4 * bool(args.deepspeed)

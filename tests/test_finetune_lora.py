@@ -9,6 +9,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import check_arguments
 import pytest
 import torch
 import yaml
@@ -324,7 +325,7 @@ def test_nothing_quantised_is_an_error(
         assert f"no layer was quantised: leave --load_in_{bits}bit out" in message
 
 
-METHOD = {"lora_target_modules": "all-linear", "modules_to_save": None, "new_tokens": None,
+METHOD = {"lora_target_modules": ["all-linear"], "modules_to_save": [], "new_tokens": [],
           "lora_r": 1, "lora_alpha": 1, "lora_dropout": 0, "load_in_8bit": False,
           "load_in_4bit": False}  # fmt: skip
 
@@ -333,7 +334,7 @@ def method_error(script, capsys, device="cpu", **options):
     """The line with which these options are refused before anything is loaded, or ""."""
     training = SimpleNamespace(device=torch.device(device), deepspeed=None)
     try:
-        script.check_method(SimpleNamespace(**METHOD | options), training)
+        check_arguments.check_lora(SimpleNamespace(**METHOD | options), training, {})
     except SystemExit as stop:
         assert stop.code == 2
     return capsys.readouterr().err
@@ -351,17 +352,19 @@ def test_8_bit_needs_a_gpu_that_can(script, capsys, monkeypatch):
 
 def test_zero3_and_missing_packages(script, capsys, monkeypatch):
     """Parted weights are neither quantised nor given rows; a package that is not there is named."""
-    bad = {"load_in_8bit": True}, {"load_in_4bit": True}, {"new_tokens": "東京"}
+    bad = {"load_in_8bit": True}, {"load_in_4bit": True}, {"new_tokens": ["東京"]}
     assert not any(method_error(script, capsys, **options) for options in bad)
     with monkeypatch.context() as patch:
-        patch.setattr(script, "is_deepspeed_zero3_enabled", lambda: True)
+        patch.setattr(check_arguments, "is_deepspeed_zero3_enabled", lambda: True)
         assert not method_error(script, capsys)
         for options in bad:
             assert "ZeRO-3 parts no" in method_error(script, capsys, **options)
-    find = script.find_spec
+    find = check_arguments.find_spec
     for package, options in (("peft", {}), ("bitsandbytes", {"load_in_4bit": True})):
         monkeypatch.setattr(
-            script, "find_spec", lambda name, gone=package: None if name == gone else find(name)
+            check_arguments,
+            "find_spec",
+            lambda name, gone=package: None if name == gone else find(name),
         )
         assert f"pip install {package}" in method_error(script, capsys, **options)
 
