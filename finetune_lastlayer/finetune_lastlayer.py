@@ -266,9 +266,7 @@ def load_model(script, training, tokenizer, resume):
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in chosen
     if script.train == "new_tokens":
-        unknown = set(script.new_tokens) - tokenizer.get_vocab().keys()
-        check(not unknown, f"{unknown}: add_tokens.py must add them first.")
-        train_rows(model, tokenizer.convert_tokens_to_ids(script.new_tokens))
+        train_rows(model, [tokenizer.get_vocab()[token] for token in script.new_tokens])
     others = f" and {len(chosen) - 3} more (see show_model.py)" if len(chosen) > 3 else ""
     say("trained", f"{', '.join(chosen[-3:])}{others}; all else is frozen")
     return model
@@ -368,6 +366,8 @@ def main(argv=None):
         resume, run = find_run(script, training, given)
         tokenizer, max_length = load_tokenizer(script)
         data = load_data(script, training, tokenizer, max_length, run.get("data", os.urandom(8)))
+        if keep_run:
+            keep_run.check_tokens(script.new_tokens, tokenizer, data["train_dataset"])
         model = load_model(script, training, tokenizer, resume)
         trainer = FineTuner(model, training, collate, **data, processing_class=tokenizer)
         begin(script, trainer, given, run, resume)

@@ -300,9 +300,7 @@ def add_adapter(script, training, tokenizer, model):
     model.config.tie_word_embeddings = head.weight is embedding.weight
     ends = [embedding] if head.weight is embedding.weight else [embedding, head]
     ends = [name for name, module in model.named_modules() if module in ends]
-    unknown = set(script.new_tokens) - tokenizer.get_vocab().keys()
-    check(not unknown, f"{unknown}: ../finetune_lastlayer/add_tokens.py must add them first.")
-    rows = tokenizer.convert_tokens_to_ids(script.new_tokens)
+    rows = [tokenizer.get_vocab()[token] for token in script.new_tokens]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=script.lora_r,
@@ -359,6 +357,8 @@ def main(argv=None):
         resume, run = find_run(script, training, given)
         tokenizer, max_length = load_tokenizer(script)
         data = load_data(script, training, tokenizer, max_length, run.get("data", os.urandom(8)))
+        if keep_run:
+            keep_run.check_tokens(script.new_tokens, tokenizer, data["train_dataset"])
         model = load_model(script, training, tokenizer, resume)
         trainer = FineTuner(model, training, collate, **data, processing_class=tokenizer)
         begin(script, trainer, given, run, resume)

@@ -154,11 +154,12 @@ def check_lastlayer(script, training):
 
 
 def check_tokens(names, tokenizer, examples):
-    """Refuse new tokens that nothing would teach."""
+    """Refuse new tokens that the tokenizer does not have, or that nothing would teach."""
     seen = {token for ids in examples["input_ids"] for token in ids} if names else ()
     for name in names:
-        row = tokenizer.convert_tokens_to_ids(name)
-        check(row in seen, f"--new_tokens {name}: it does not occur in the training data.")
+        row, problem = tokenizer.get_vocab().get(name), f"--new_tokens {name}:"
+        check(row is not None, f"{problem} ../finetune_lastlayer/add_tokens.py must add it first.")
+        check(row in seen, f"{problem} it does not occur in the training data.")
         say("row", f"{name} = {row}")
 
 

@@ -149,8 +149,6 @@ class KeepRun(transformers.TrainerCallback):
 
     def __init__(self, trainer, given, run, resume):
         args, self.trainer, self.run_id = trainer.args, trainer, run["id"]
-        names = [name.strip() for name in given.get("new_tokens", "").split(",") if name.strip()]
-        check_tokens(names, trainer.processing_class, trainer.train_dataset)
         self.keep = given.get("save_total_limit") or sys.maxsize
         weights, trained = run["total_parameters"], run["trainable_parameters"]
         moments = (2 if "8bit" in args.optim else 8) + 4 * bool(args.deepspeed)
