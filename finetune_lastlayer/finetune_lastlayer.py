@@ -243,15 +243,29 @@ OUT_OF_MEMORY = """GPU memory is full. Try, in this order: --per_device_train_ba
 with --lora_target_modules none --modules_to_save lm_head --load_in_8bit true."""
 
 
+# Copied from finetune_full/finetune_full.py
+def load_weights(script, path, **options):
+    """Return (model, loading's report); weights that are published quantised are unpacked."""
+    remote = {"trust_remote_code": script.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(path, **remote)
+    if stored := getattr(config, "quantization_config", None):
+        kind, rounds = stored.get("quant_method"), "quantization_config" in options  # in 8, 4 bit
+        remedy = "Leave --load_in_... out." if rounds else "Fetch it in bf16 or fp16."
+        is_good = kind in ("mxfp4", "fp8", "mxfp8", "compressed-tensors") and not rounds
+        check(is_good, f"{path} is published in {kind}, which cannot be trained so. {remedy}")
+        say("unpacked", f"the weights are published in {kind}; what is saved is not")
+        stored["dequantize"] = True
+    options |= {"config": config, "attn_implementation": script.attn_implementation, **remote}
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    if stored:
+        model._weight_conversions = None  # it saves them packed again, or by other names
+    return model, info
+
+
 def load_model(script, training, tokenizer, resume):
     """The model with fp32 weights, computing in 16 bit, and frozen but for what --train names."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        resume or script.model_name_or_path,
-        dtype=torch.float32,
-        attn_implementation=script.attn_implementation,
-        trust_remote_code=script.trust_remote_code,
-        output_loading_info=True,
-    )
+    path = resume or script.model_name_or_path
+    model, info = load_weights(script, path, dtype=torch.float32)
     check_model(script, tokenizer, model, info)
     # A file may hold a head of its own in spite of its configuration, as Falcon's does.
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

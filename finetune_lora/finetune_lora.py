@@ -13,14 +13,17 @@ Again         python finetune_lora.py output/run_args.yaml --output_dir output2
 Follows       LoRA https://arxiv.org/abs/2106.09685 (4.1), QLoRA https://arxiv.org/abs/2305.14314
 """
 
+import inspect
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -63,6 +66,7 @@ class ScriptArguments:
     new_tokens: str | None = HfArg(default=None, help='"<a>,<b>": train their rows, too.')
     load_in_8bit: bool = HfArg(default=False, help="Base in 8 bit: half of 16 bit's memory.")
     load_in_4bit: bool = HfArg(default=False, help="Base in 4 bit (QLoRA): a quarter, slower.")
+    allow_partly_quantized: bool = HfArg(default=False, help="Even if most of it stays in 16 bit.")
 
     def __post_init__(self):  # NAME,NAME becomes a list
         for option in ("lora_target_modules", "modules_to_save", "new_tokens"):
@@ -248,11 +252,32 @@ OUT_OF_MEMORY = """GPU memory is full. Try, in this order: --per_device_train_ba
 --max_length, a lower --lora_r."""
 
 
+# Copied from finetune_full/finetune_full.py
+def load_weights(script, path, **options):
+    """Return (model, loading's report); weights that are published quantised are unpacked."""
+    remote = {"trust_remote_code": script.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(path, **remote)
+    if stored := getattr(config, "quantization_config", None):
+        kind, rounds = stored.get("quant_method"), "quantization_config" in options  # in 8, 4 bit
+        remedy = "Leave --load_in_... out." if rounds else "Fetch it in bf16 or fp16."
+        is_good = kind in ("mxfp4", "fp8", "mxfp8", "compressed-tensors") and not rounds
+        check(is_good, f"{path} is published in {kind}, which cannot be trained so. {remedy}")
+        say("unpacked", f"the weights are published in {kind}; what is saved is not")
+        stored["dequantize"] = True
+    options |= {"config": config, "attn_implementation": script.attn_implementation, **remote}
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    if stored:
+        model._weight_conversions = None  # it saves them packed again, or by other names
+    return model, info
+
+
 def load_model(script, training, tokenizer, resume):
     """The base, in the precision that is computed in or quantised, and the adapter on it."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     options = {"dtype": dtypes[script.precision]}
-    if script.load_in_8bit or script.load_in_4bit:  # the quantiser passes over Linear's subclasses
+    if (
+        bits := 8 * script.load_in_8bit or 4 * script.load_in_4bit
+    ):  # the quantiser passes over Linear's subclasses
         transformers.models.falcon.modeling_falcon.FalconLinear = torch.nn.Linear
         options["device_map"] = {"": str(training.device)}
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -262,52 +287,89 @@ def load_model(script, training, tokenizer, resume):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=options["dtype"],
         )
-    model, info = AutoModelForCausalLM.from_pretrained(
-        script.model_name_or_path,
-        attn_implementation=script.attn_implementation,
-        trust_remote_code=script.trust_remote_code,
-        output_loading_info=True,
-        **options,
-    )
+    model, info = load_weights(script, script.model_name_or_path, **options)
     check_model(script, tokenizer, model, info)
-    quantised = [m for m in model.modules() if type(m).__module__ == "bitsandbytes.nn.modules"]
-    for layer in quantised:
-        layer.support_avx512bf16_for_cpu = False  # or an evaluation on a CPU spoils the training
-    bits = 8 if script.load_in_8bit else 4
-    is_good = quantised or "quantization_config" not in options
-    check(is_good, f"no layer was quantised: leave --load_in_{bits}bit out.")
-    kind = f"{len(quantised)} layers in {bits} bit, else " if quantised else ""
+    layers, modules = weigh_layers(model), dict(model.named_modules())
+    done = [n for n, m in modules.items() if type(m).__module__ == "bitsandbytes.nn.modules"]
+    for name in done:  # or an evaluation on a CPU spoils the training
+        modules[name].support_avx512bf16_for_cpu = False
+    share = share_of(layers, done)
+    problem = f"only {share:.1%} of the layers' weights can be in {bits} bit. Leave --load_in_..."
+    is_good = not bits or share >= 0.5 or script.allow_partly_quantized
+    check(is_good, f"{problem} out, or add --allow_partly_quantized true.")
+    kind = f"{len(done)} layers in {bits} bit, else " if bits else ""
     memory = f"{model.get_memory_footprint() / 2**20:,.1f} MiB"
+    memory += f"; {share:.1%} of the layers' weights rounded" * bool(bits)
     say("base", f"{kind}{script.precision}; frozen; {memory}")
     if Path(script.model_name_or_path).is_dir():  # so that the adapter finds it from anywhere
         model.name_or_path = str(Path(script.model_name_or_path).resolve())
-    return add_adapter(script, training, tokenizer, model)
+    return add_adapter(script, training, tokenizer, model, layers)
 
 
-def add_adapter(script, training, tokenizer, model):
+def weigh_layers(model):
+    """{name: (size, why no adapter can stand beside it, or "")} of the layers' matrices."""
+    layers, modules, code = {}, dict(model.named_modules()), cache(inspect.getsource)
+    for name, module in modules.items():
+        parent, _, own = name.rpartition(".")
+        is_linear = isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
+        is_conv = isinstance(module, torch.nn.Conv1d)
+        is_end = isinstance(module, torch.nn.Embedding) or module is model.get_output_embeddings()
+        for key, weight in module.named_parameters(recurse=False):
+            shape, why = getattr(weight, "ds_shape", weight.shape), ""  # ZeRO-3 empties weights
+            if len(shape) < 2 or is_end:
+                continue
+            use = rf"self\.{own}\.weight\b(?!\.(dtype|device|shape)|\[)"
+            if re.search(r"router|\b(shared_expert_)?gate\b", name):
+                why = "chooses experts"
+            elif is_linear and re.search(use, code(type(modules[parent]))):
+                why = "its weight is read past an adapter"  # by fused kernels, Mamba's for example
+            elif not is_linear and (len(shape) != 3 or min(shape) < 2 or is_conv):
+                why = "not linear"
+            if hasattr(module, "in_features"):  # 4 bit packs two numbers into one
+                shape = module.in_features, module.out_features
+            layers[name if is_linear else f"{name}.{key}"] = math.prod(shape), why
+    return layers
+
+
+def share_of(layers, names):
+    """The share of the layers' weights that these hold."""
+    held = sum(layers[name][0] for name in layers.keys() & names)
+    return held / sum(size for size, _ in layers.values())
+
+
+def say_coverage(layers, targets):
+    """What an adapter stands beside, and what it leaves out."""
+    left = {}
+    for name in layers.keys() - targets:
+        left.setdefault(layers[name][1] or "not named", []).append(name)
+    text = "".join(f"; not {ends_of(left[why])}: {why}" for why in sorted(left))
+    say("coverage", f"{share_of(layers, targets):.2%} of the layers' weights{text}")
+
+
+def add_adapter(script, training, tokenizer, model, layers):
     """Freeze the model and put on it what is trained, in fp32."""
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    if script.lora_target_modules == ["none"]:
-        targets = DUMMY_TARGET_MODULES  # matches no layer
-    elif script.lora_target_modules == ["all-linear"]:
-        targets = "all-linear"
-    else:
-        targets = find_modules(model, script, "lora_target_modules")
+    targets = find_modules(model, script, "lora_target_modules", layers)
+    experts = sorted(dict(model.named_parameters()).keys() & targets)
+    modules = [name for name in targets if name not in experts]
     # A file may hold a head of its own in spite of its configuration, as Falcon's does.
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     model.config.tie_word_embeddings = head.weight is embedding.weight
     ends = [embedding] if head.weight is embedding.weight else [embedding, head]
     ends = [name for name, module in model.named_modules() if module in ends]
     rows = [tokenizer.get_vocab()[token] for token in script.new_tokens]
+    problem = "--lora_dropout does not work on experts. Leave it out, or name --lora_target_modules"
+    check(not (experts and script.lora_dropout), f"{problem} {ends_of(modules)}.")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=script.lora_r,
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
-        target_modules=targets,
-        modules_to_save=find_modules(model, script, "modules_to_save"),
+        target_modules=modules or DUMMY_TARGET_MODULES,  # which match no layer
+        target_parameters=experts or None,
+        modules_to_save=find_modules(model, script, "modules_to_save") or None,
         trainable_token_indices=dict.fromkeys(ends, rows) if rows else None,
     )
     warnings.filterwarnings("ignore", module="peft|transformers")  # of what PEFT mends itself
@@ -316,33 +378,35 @@ def add_adapter(script, training, tokenizer, model):
     for parameter in model.parameters():
         if parameter.requires_grad:  # DeepSpeed wants one precision, and keeps fp32 copies itself
             parameter.data = parameter.data.to(model.dtype if training.deepspeed else torch.float32)
-    layers = model.base_model.targeted_module_names
-    names = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
-    say("adapter", f"LoRA of rank {script.lora_r} on {len(layers)} layers ({names or 'none'})")
+    text = f"LoRA of rank {script.lora_r} on {len(modules)} layers ({ends_of(modules) or 'none'})"
+    each = f", and for each expert on {len(experts)} stacks ({ends_of(experts)})"
+    say("adapter", text + each * bool(experts))
     if config.modules_to_save:
         say("whole", ", ".join(config.modules_to_save))
+    say_coverage(layers, targets)
     return model
 
 
-def find_modules(model, script, option):
+def find_modules(model, script, option, layers=None):
     """The full names of the modules that an option names, by their name or the end of it."""
-    linear, fitting, found = (torch.nn.Linear, transformers.pytorch_utils.Conv1D), [], []
-    for name, module in model.named_modules():
-        weights = [*module.parameters()]
-        if option == "lora_target_modules":
-            fits = isinstance(module, linear) and module is not model.get_output_embeddings()
-        else:  # what is quantised cannot be trained
-            fits = name and weights and all(weight.is_floating_point() for weight in weights)
-        if fits:
-            fitting.append(name)
-    ends = sorted({name.rpartition(".")[2] for name in fitting})
-    for end in getattr(script, option):
+    given, found = getattr(script, option), []
+    if layers:
+        fitting = [name for name, (_, why) in layers.items() if not why]
+    else:  # what is quantised cannot be trained
+        numbers = {name: [*module.parameters()] for name, module in model.named_modules() if name}
+        fitting = [n for n, w in numbers.items() if w and all(x.is_floating_point() for x in w)]
+    for end in given if given not in (["all-linear"], ["none"]) else ():
         new = [name for name in fitting if f".{name}".endswith(f".{end}")]
-        check(new, f"--{option} {end}: it can be {', '.join(ends)}.")
+        check(new, f"--{option} {end}: it can be {ends_of(fitting)}.")
         found += new
     inside = [name for name in found if name.startswith(tuple(f"{outer}." for outer in found))]
     check(not inside, f"--{option}: {', '.join(inside)} stands inside another one. Leave it out.")
-    return found or None
+    return fitting if given == ["all-linear"] else found
+
+
+def ends_of(names):
+    """How names end, each once."""
+    return ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}))
 
 
 # ---- 4. Training ----

@@ -94,9 +94,12 @@ def find_base(args, adapter):
     except Exception as error:
         problem = f"its base {base} is not here. Say where: --base_model_name_or_path."
         fail(f"{args.adapter_name_or_path} cannot be merged: {problem} ({error})")
-    problem = f"the base {base} is stored quantised: merging would round the adapter away"
-    is_full = not getattr(config, "quantization_config", None)
-    check(is_full, f"{problem}. Give it in full precision with --base_model_name_or_path.")
+    stored = getattr(config, "quantization_config", {}).get("quant_method")
+    problem = (
+        f"the base {base} is stored quantised ({stored}): merging would round the adapter away"
+    )
+    is_good = stored in (None, "mxfp4", "fp8", "mxfp8", "compressed-tensors")  # can be unpacked
+    check(is_good, f"{problem}. Give it in full precision with --base_model_name_or_path.")
     say("base", f"{base}; the adapter was trained on {record}")
     stored = str(config.dtype).removeprefix("torch.")
     auto = {"bfloat16": "bf16", "float16": "fp16"}.get(stored, "fp32")
@@ -105,11 +108,16 @@ def find_base(args, adapter):
 
 def load_base(args, name):
     """A model in fp32 on the CPU; one that lacks weights is refused."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
-    load = AutoModelForCausalLM.from_pretrained
-    model, info = load(name, output_loading_info=True, **options)
+    options = {"trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(name, **options)
+    if stored := getattr(config, "quantization_config", None):
+        stored["dequantize"] = True
+    options |= {"config": config, "dtype": "float32", "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+    if stored:
+        model._weight_conversions = None  # it would write them packed again, or by other names
     missing = sorted(info["missing_keys"])[:3]
     check(not missing, f"{name} lacks weights that would be random: {missing}. Fetch it again.")
     return model.eval()

@@ -124,13 +124,18 @@ def load_tokenizer(args):
 def load_model(args, precision, tokenizer):
     """The model, quantised and with its adapter where asked for."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.models.falcon import modeling_falcon
 
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
-    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
-    gpu = int(os.environ.get("LOCAL_RANK", 0))
+    remote, gpu = (
+        {"trust_remote_code": args.trust_remote_code},
+        int(os.environ.get("LOCAL_RANK", 0)),
+    )
+    options = {"dtype": dtype, "config": AutoConfig.from_pretrained(args.base, **remote), **remote}
     options["device_map"] = args.device_map or ({"": gpu} if torch.cuda.is_available() else None)
+    if args.recorded and hasattr(options["config"], "quantization_config"):
+        options["config"].quantization_config["dequantize"] = True  # as when it was trained
     is_quantised = args.load_in_8bit or args.load_in_4bit
     if is_quantised:
         modeling_falcon.FalconLinear = torch.nn.Linear  # the same; the quantiser skips subclasses

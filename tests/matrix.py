@@ -17,6 +17,9 @@ seven       the seven models of README and three of today's, small but with thei
             tokenizers and files, x every method: each cell compares with an independent calculation
             (seven_grid.py), or is refused on purpose
 
+coverage    LoRA on architectures with experts, Mamba layers or routers: losses, gradients, reloaded
+            and merged answers against a calculation by hand (coverage_grid.py)
+
 By hand     python tests/matrix.py                        everything; 13 minutes on two cores
             python tests/matrix.py --only 'zero3 .* mpt'  the cells with this regular expression
 """
@@ -36,6 +39,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import coverage_grid
 import seven_grid
 import torch
 import yaml
@@ -294,7 +298,8 @@ def combinations(folder, wanted):
 # ---- The command ----
 
 # A further grid is a further function(folder, wanted) -> {row: {column: text}}.
-GRIDS = {"deepspeed": deepspeed, "combinations": combinations, "seven": seven_grid.seven}
+GRIDS = {"deepspeed": deepspeed, "combinations": combinations, "seven": seven_grid.seven,
+         "coverage": coverage_grid.coverage}  # fmt: skip
 
 
 def as_markdown(table):

@@ -1,0 +1,122 @@
+"""LoRA on experts, Mamba layers and routers, and bases that are published quantised: a handful of
+the grid in coverage_grid.py, which matrix.py runs whole.
+"""
+
+import json
+
+import coverage_grid as grid
+import pytest
+import torch
+from conftest import ROOT, load_script
+from test_finetune_full import refused
+from test_finetune_lora import run
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+LORA = ROOT / "finetune_lora" / "finetune_lora.py"
+FULL = ROOT / "finetune_full" / "finetune_full.py"
+MERGE = ROOT / "finetune_lora" / "merge_lora.py"
+SHOW = ROOT / "finetune_lastlayer" / "show_model.py"
+BYPASSED = "out_proj: its weight is read past an adapter"
+QUICK = {
+    "qwen3_moe": ("98.97%", "not gate: chooses experts"),
+    "gpt_oss": ("97.30%", "not router: chooses experts"),
+    "llama4_text": ("99.51%", "not router: chooses experts"),
+    "nemotron_h": ("88.15%", f"not {BYPASSED}"),
+    "granitemoehybrid": ("94.94%", f"not {BYPASSED}"),
+    "phi3": ("100.00%", "weights\n"),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coverage")
+    for kind in QUICK:
+        grid.make_checkpoint(folder / kind / "base", kind)
+    return folder
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_an_adapter_on_all_that_computes(kind, bases, train_file, capsys):
+    """By hand, a gradient for each weight, reloaded, merged; show_model.py says the same before."""
+    share, left = QUICK[kind]
+    assert grid.cell(bases, kind, train_file) == f"ok {share}"
+    capsys.readouterr()
+    words = ["--model_name_or_path", str(bases / kind / "base"), "--method", "lora"]
+    load_script(SHOW).main(words)
+    shown = capsys.readouterr().out
+    assert f"coverage   {share} of the layers' " in shown and left in shown
+    marked = sum(line.startswith("*  ") and "expert" in line for line in shown.splitlines())
+    assert bool(marked) == ("moe" in kind or kind in ("gpt_oss", "llama4_text", "nemotron_h"))
+
+
+def test_only_experts_by_name(bases, train_file, tmp_path):
+    base = str(bases / "qwen3_moe" / "base")
+    more = ["--lora_target_modules", "experts.down_proj"]
+    said, trainer, _, gradients = grid.train(base, train_file, str(tmp_path / "out"), *more)
+    assert "not named" in said and "2 stacks (down_proj)" in said
+    assert len(gradients) == 4 and all(gradients.values())
+    names = [name for name, _ in grid.adapted(trainer.model)]
+    assert names == [f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)]
+
+
+def test_what_is_refused_on_experts(bases, train_file, tmp_path, capsys):
+    script, base = load_script(LORA), str(bases / "qwen3_moe" / "base")
+    words = ["--model_name_or_path", base, "--train_file", train_file, "--output_dir", tmp_path]
+    line = refused(script, capsys, [*words, "--lora_dropout", "0.1"])
+    assert "--lora_dropout does not work on experts" in line and "k_proj, o_proj" in line
+    line = refused(script, capsys, [*words, "--load_in_4bit", "true"])
+    assert "only 24.7% of the layers' weights can be in 4 bit" in line
+    line = refused(script, capsys, [*words, "--lora_target_modules", "gate"])
+    assert "it can be down_proj, gate_up_proj, k_proj" in line
+    more = ["--load_in_4bit", "true", "--allow_partly_quantized", "true"]
+    said, *_, gradients = grid.train(base, train_file, str(tmp_path / "out"), *more)
+    assert "8 layers in 4 bit, else fp32" in said and "24.7% of the layers' weights" in said
+    assert len(gradients) == 24 and all(gradients.values())
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_published_quantised(method, train_file, tmp_path, capsys, monkeypatch):
+    """What is trained, saved and merged is what the packed numbers mean, unpacked by hand here."""
+    stored, plain = grid.make_published(tmp_path / method, method)
+    # As on a GPU that computes with them as they are; without one transformers unpacks them anyway.
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *a, **k: None)
+    losses = []
+    for name, base in (("stored", stored), ("plain", plain)):
+        out = tmp_path / f"{name}-lora"
+        said, trainer, *_ = grid.train(base, train_file, str(out))
+        assert (f"unpacked   the weights are published in {method}" in said) == (name == "stored")
+        steps = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses.append((steps, trainer.model))
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
+    merged = tmp_path / "merged"
+    words = ["--adapter_name_or_path", str(tmp_path / "stored-lora"), "--output_dir", str(merged)]
+    load_script(MERGE).main(words)
+    same_logits(merged, losses[1][1])
+    whole = tmp_path / "full"
+    run(load_script(FULL), stored, train_file, whole, "--max_steps", 1, "--learning_rate", 0)
+    same_logits(whole, AutoModelForCausalLM.from_pretrained(plain))
+
+
+def same_logits(directory, model):
+    config = json.loads((directory / "config.json").read_text())
+    assert "quantization_config" not in config
+    found, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(grid.logits(found), grid.logits(model), atol=1e-4, rtol=0)
+
+
+def test_a_form_that_cannot_be_unpacked(bases, train_file, tmp_path, capsys):
+    base = bases / "phi3" / "gptq"
+    grid.make_checkpoint(base, "phi3")
+    config = AutoConfig.from_pretrained(base)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(base)
+    for path in (LORA, FULL):
+        words = ["--model_name_or_path", base, "--train_file", train_file, "--output_dir", tmp_path]
+        line = refused(load_script(path), capsys, words)
+        assert "is published in gptq, which cannot be trained so. Fetch it in bf16" in line
+    config.quantization_config = {"quant_method": "fp8"}
+    config.save_pretrained(base)
+    line = refused(load_script(LORA), capsys, [*words, "--load_in_4bit", "true"])
+    assert "is published in fp8, which cannot be trained so. Leave --load_in_..." in line
