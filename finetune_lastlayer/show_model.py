@@ -14,13 +14,11 @@ Adapters  python show_model.py --model_name_or_path MODEL --method lora
 """
 
 import argparse
-import inspect
-import math
 import os
 import re
 import sys
 import time
-from functools import cache
+from pathlib import Path
 
 
 def main(argv=None):
@@ -34,8 +32,8 @@ def main(argv=None):
     model = load_outline(args)
     chosen = choose_parameters(model, args.train) if args.train else []
     if args.method == "lora":
-        layers, names = weigh_layers(model), {name for name, _ in model.named_modules()}
-        targets = [name for name, (_, why) in layers.items() if not why]
+        layers, names = load_layers(), {name for name, _ in model.named_modules()}
+        targets = layers.fitting(model)
         chosen = [f"{name}.weight" if name in names else name for name in targets]
     head = untie(model, chosen if args.train else [])
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -53,9 +51,19 @@ def main(argv=None):
         how = "computed: 4 bytes per parameter in fp32, 12 more where it is trained"
         say("memory", f"{size} and activations ({how})")
     if args.method == "lora":
-        say_coverage(layers, targets)
-        share = share_of(layers, [name for name in layers if name in names])
+        say("coverage", layers.coverage(model, targets))
+        share = layers.share_of(layers.weigh_layers(model), names)
         say("rounded", f"{share:.1%} of them by --load_in_8bit true or --load_in_4bit true")
+
+
+def load_layers():
+    """What finetune_lora.py knows of layers, in ../jobs."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
+    try:
+        import model_layers
+    except ModuleNotFoundError:
+        fail("--method lora needs the directory `jobs` beside the one of this script.")
+    return model_layers
 
 
 def parse(argv):
@@ -189,55 +197,6 @@ def untie(model, chosen):
     model.config.tie_word_embeddings = False
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
     return f"was tied; untied, {head.weight.numel():,} parameters more: one end stays as it is"
-
-
-# Copied from finetune_lora/finetune_lora.py
-def weigh_layers(model):
-    """{name: (size, why no adapter can stand beside it, or "")} of the layers' matrices."""
-    layers, modules, code = {}, dict(model.named_modules()), cache(inspect.getsource)
-    for name, module in modules.items():
-        parent, _, own = name.rpartition(".")
-        is_linear = isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
-        is_conv = isinstance(module, torch.nn.Conv1d)
-        is_end = isinstance(module, torch.nn.Embedding) or module is model.get_output_embeddings()
-        for key, weight in module.named_parameters(recurse=False):
-            shape, why = getattr(weight, "ds_shape", weight.shape), ""  # ZeRO-3 empties weights
-            if len(shape) < 2 or is_end:
-                continue
-            use = rf"self\.{own}\.weight\b(?!\.(dtype|device|shape)|\[)"
-            if re.search(r"router|\b(shared_expert_)?gate\b", name):
-                why = "chooses experts"
-            elif is_linear and re.search(use, code(type(modules[parent]))):
-                why = "its weight is read past an adapter"  # by fused kernels, Mamba's for example
-            elif not is_linear and (len(shape) != 3 or min(shape) < 2 or is_conv):
-                why = "not linear"
-            if hasattr(module, "in_features"):  # 4 bit packs two numbers into one
-                shape = module.in_features, module.out_features
-            layers[name if is_linear else f"{name}.{key}"] = math.prod(shape), why
-    return layers
-
-
-# Copied from finetune_lora/finetune_lora.py
-def share_of(layers, names):
-    """The share of the layers' weights that these hold."""
-    held = sum(layers[name][0] for name in layers.keys() & names)
-    return held / sum(size for size, _ in layers.values())
-
-
-# Copied from finetune_lora/finetune_lora.py
-def say_coverage(layers, targets):
-    """What an adapter stands beside, and what it leaves out."""
-    left = {}
-    for name in layers.keys() - targets:
-        left.setdefault(layers[name][1] or "not named", []).append(name)
-    text = "".join(f"; not {ends_of(left[why])}: {why}" for why in sorted(left))
-    say("coverage", f"{share_of(layers, targets):.2%} of the layers' weights{text}")
-
-
-# Copied from finetune_lora/finetune_lora.py
-def ends_of(names):
-    """How names end, each once."""
-    return ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}))
 
 
 # Copied from finetune_full/finetune_full.py

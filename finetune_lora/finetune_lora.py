@@ -13,17 +13,14 @@ Again         python finetune_lora.py output/run_args.yaml --output_dir output2
 Follows       LoRA https://arxiv.org/abs/2106.09685 (4.1), QLoRA https://arxiv.org/abs/2305.14314
 """
 
-import inspect
 import json
 import math
 import os
-import re
 import sys
 import time
 import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -39,8 +36,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_
 sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
 try:  # what lets a run go on where it was cut off, and stop in time
     import keep_run
+    import model_layers
 except ModuleNotFoundError:
-    keep_run = None  # this file was copied alone: it trains from start to end
+    keep_run = model_layers = None  # this file was copied alone: it trains from start to end
 
 # ---- 1. Settings ----
 
@@ -275,9 +273,8 @@ def load_model(script, training, tokenizer, resume):
     """The base, in the precision that is computed in or quantised, and the adapter on it."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     options = {"dtype": dtypes[script.precision]}
-    if (
-        bits := 8 * script.load_in_8bit or 4 * script.load_in_4bit
-    ):  # the quantiser passes over Linear's subclasses
+    if bits := 8 * script.load_in_8bit or 4 * script.load_in_4bit:
+        # The quantiser passes over subclasses of Linear.
         transformers.models.falcon.modeling_falcon.FalconLinear = torch.nn.Linear
         options["device_map"] = {"": str(training.device)}
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -289,69 +286,26 @@ def load_model(script, training, tokenizer, resume):
         )
     model, info = load_weights(script, script.model_name_or_path, **options)
     check_model(script, tokenizer, model, info)
-    layers, modules = weigh_layers(model), dict(model.named_modules())
-    done = [n for n, m in modules.items() if type(m).__module__ == "bitsandbytes.nn.modules"]
-    for name in done:  # or an evaluation on a CPU spoils the training
-        modules[name].support_avx512bf16_for_cpu = False
-    share = share_of(layers, done)
-    problem = f"only {share:.1%} of the layers' weights can be in {bits} bit. Leave --load_in_..."
-    is_good = not bits or share >= 0.5 or script.allow_partly_quantized
-    check(is_good, f"{problem} out, or add --allow_partly_quantized true.")
+    done = [m for m in model.modules() if type(m).__module__ == "bitsandbytes.nn.modules"]
+    for layer in done:
+        layer.support_avx512bf16_for_cpu = False  # or an evaluation on a CPU spoils the training
+    check(done or not bits, f"no layer was quantised: leave --load_in_{bits}bit out.")
     kind = f"{len(done)} layers in {bits} bit, else " if bits else ""
     memory = f"{model.get_memory_footprint() / 2**20:,.1f} MiB"
-    memory += f"; {share:.1%} of the layers' weights rounded" * bool(bits)
+    if bits and model_layers:
+        memory += f"; {model_layers.rounded(model, script.allow_partly_quantized)}"
     say("base", f"{kind}{script.precision}; frozen; {memory}")
     if Path(script.model_name_or_path).is_dir():  # so that the adapter finds it from anywhere
         model.name_or_path = str(Path(script.model_name_or_path).resolve())
-    return add_adapter(script, training, tokenizer, model, layers)
+    return add_adapter(script, training, tokenizer, model)
 
 
-def weigh_layers(model):
-    """{name: (size, why no adapter can stand beside it, or "")} of the layers' matrices."""
-    layers, modules, code = {}, dict(model.named_modules()), cache(inspect.getsource)
-    for name, module in modules.items():
-        parent, _, own = name.rpartition(".")
-        is_linear = isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
-        is_conv = isinstance(module, torch.nn.Conv1d)
-        is_end = isinstance(module, torch.nn.Embedding) or module is model.get_output_embeddings()
-        for key, weight in module.named_parameters(recurse=False):
-            shape, why = getattr(weight, "ds_shape", weight.shape), ""  # ZeRO-3 empties weights
-            if len(shape) < 2 or is_end:
-                continue
-            use = rf"self\.{own}\.weight\b(?!\.(dtype|device|shape)|\[)"
-            if re.search(r"router|\b(shared_expert_)?gate\b", name):
-                why = "chooses experts"
-            elif is_linear and re.search(use, code(type(modules[parent]))):
-                why = "its weight is read past an adapter"  # by fused kernels, Mamba's for example
-            elif not is_linear and (len(shape) != 3 or min(shape) < 2 or is_conv):
-                why = "not linear"
-            if hasattr(module, "in_features"):  # 4 bit packs two numbers into one
-                shape = module.in_features, module.out_features
-            layers[name if is_linear else f"{name}.{key}"] = math.prod(shape), why
-    return layers
-
-
-def share_of(layers, names):
-    """The share of the layers' weights that these hold."""
-    held = sum(layers[name][0] for name in layers.keys() & names)
-    return held / sum(size for size, _ in layers.values())
-
-
-def say_coverage(layers, targets):
-    """What an adapter stands beside, and what it leaves out."""
-    left = {}
-    for name in layers.keys() - targets:
-        left.setdefault(layers[name][1] or "not named", []).append(name)
-    text = "".join(f"; not {ends_of(left[why])}: {why}" for why in sorted(left))
-    say("coverage", f"{share_of(layers, targets):.2%} of the layers' weights{text}")
-
-
-def add_adapter(script, training, tokenizer, model, layers):
+def add_adapter(script, training, tokenizer, model):
     """Freeze the model and put on it what is trained, in fp32."""
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    targets = find_modules(model, script, "lora_target_modules", layers)
+    targets = find_modules(model, script, "lora_target_modules")
     experts = sorted(dict(model.named_parameters()).keys() & targets)
     modules = [name for name in targets if name not in experts]
     # A file may hold a head of its own in spite of its configuration, as Falcon's does.
@@ -362,6 +316,7 @@ def add_adapter(script, training, tokenizer, model, layers):
     rows = [tokenizer.get_vocab()[token] for token in script.new_tokens]
     problem = "--lora_dropout does not work on experts. Leave it out, or name --lora_target_modules"
     check(not (experts and script.lora_dropout), f"{problem} {ends_of(modules)}.")
+    coverage = model_layers.coverage(model, targets) if model_layers else "not weighed"
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=script.lora_r,
@@ -383,18 +338,26 @@ def add_adapter(script, training, tokenizer, model, layers):
     say("adapter", text + each * bool(experts))
     if config.modules_to_save:
         say("whole", ", ".join(config.modules_to_save))
-    say_coverage(layers, targets)
+    say("coverage", coverage)
     return model
 
 
-def find_modules(model, script, option, layers=None):
+def find_modules(model, script, option):
     """The full names of the modules that an option names, by their name or the end of it."""
-    given, found = getattr(script, option), []
-    if layers:
-        fitting = [name for name, (_, why) in layers.items() if not why]
-    else:  # what is quantised cannot be trained
-        numbers = {name: [*module.parameters()] for name, module in model.named_modules() if name}
+    given, found, modules = getattr(script, option), [], dict(model.named_modules())
+    if option == "modules_to_save":  # what is quantised cannot be trained
+        numbers = {name: [*module.parameters()] for name, module in modules.items() if name}
         fitting = [n for n, w in numbers.items() if w and all(x.is_floating_point() for x in w)]
+    elif model_layers:  # experts, too, and nothing that passes an adapter by
+        fitting = model_layers.fitting(model)
+    else:
+        kinds, head = (
+            (torch.nn.Linear, transformers.pytorch_utils.Conv1D),
+            model.get_output_embeddings(),
+        )
+        fitting = [n for n, m in modules.items() if isinstance(m, kinds) and m is not head]
+        is_plain = all(weight.dim() < 3 for weight in model.parameters())
+        check(is_plain, "experts and Mamba layers need `jobs` beside this script's directory.")
     for end in given if given not in (["all-linear"], ["none"]) else ():
         new = [name for name in fitting if f".{name}".endswith(f".{end}")]
         check(new, f"--{option} {end}: it can be {ends_of(fitting)}.")

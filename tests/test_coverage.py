@@ -66,7 +66,7 @@ def test_what_is_refused_on_experts(bases, train_file, tmp_path, capsys):
     line = refused(script, capsys, [*words, "--lora_dropout", "0.1"])
     assert "--lora_dropout does not work on experts" in line and "k_proj, o_proj" in line
     line = refused(script, capsys, [*words, "--load_in_4bit", "true"])
-    assert "only 24.7% of the layers' weights can be in 4 bit" in line
+    assert "only 24.7% of the layers' weights can be in 8 or 4 bit" in line
     line = refused(script, capsys, [*words, "--lora_target_modules", "gate"])
     assert "it can be down_proj, gate_up_proj, k_proj" in line
     more = ["--load_in_4bit", "true", "--allow_partly_quantized", "true"]
