@@ -716,7 +716,8 @@ def save_results(trainer, run):
     """Model, tokenizer, trainer_state.json; all_results.json last: it marks the run as finished."""
     trainer.save_model()
     output_dir = Path(trainer.args.output_dir)
-    for file in output_dir.glob("*.safetensors"):  # as readable as the rest, not by the owner only
+    for file in output_dir.glob("*.safetensors") if trainer.args.should_save else ():
+        # As readable as the rest, not by the owner only.
         file.chmod((output_dir / "tokenizer_config.json").stat().st_mode)
     history = trainer.state.log_history
     evaluation = {} if trainer.args.load_best_model_at_end or len(history) < 2 else history[-2]

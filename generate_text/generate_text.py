@@ -356,7 +356,8 @@ def answer_file(args, model, tokenizer, rows, prompts):
                 file.write(json.dumps(row | answers[i], ensure_ascii=False, default=str) + "\n")
         keep_answers.finish(args, new) if keep_answers else new.replace(args.output_file)
     done = f"{len(rows):,} rows in {args.output_file}; {done} {seconds:,.0f} s"
-    note("done", f"{done}, {tokens / seconds:,.0f} tok/s; {cut:,} cut off before a stop token")
+    speed = f"{tokens / seconds:,.0f} tok/s"
+    note("done", f"{done}, {speed}; {cut:,} answers cut off before a stop token")
 
 
 def batches(args, numbers, prompts):

@@ -1,8 +1,7 @@
 """Keep a training run: it goes on where it was cut off, stops in time, and harms no file of yours.
 
-The training scripts import this file where `jobs` lies beside their directory: find_run() comes
-before anything is loaded, KeepRun is a callback of the Trainer. A run is its run_args.yaml: an id,
-the arguments, the data.
+The training scripts import this file where `jobs` lies beside their directory. find_run() comes
+before loading, KeepRun is a callback. A run is its run_args.yaml: an id, the arguments, the data.
 """
 
 import hashlib
@@ -21,7 +20,12 @@ from pickle import UnpicklingError
 import torch
 import transformers
 import yaml
-from check_arguments import check_arguments, check_tokens, read_words, refuse  # noqa: F401 -- for the scripts
+from check_arguments import (  # noqa: F401 -- for the scripts
+    check_arguments,
+    check_tokens,
+    read_words,
+    refuse,
+)
 from run_common import check, fail, read_deadline, say
 from run_files import (
     check_lock,
@@ -40,9 +44,6 @@ FULL = ("No space left", "Disk quota exceeded", "inline_container")  # the last 
 LED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 FREE = ("output_dir", "resume_from", "ddp_timeout", "log", "report_to", "run_name", "dataloader_")
 FREE_WITHOUT_BEST = ("eval_", "save_", "per_device_eval", "validation")
-
-
-# ---- Before anything is loaded ----
 
 
 def find_run(script, training, given, source):
@@ -139,9 +140,6 @@ def what_is_lost(checkpoint, training):
     lost = [f"written by {ranks} processes"] if ranks != training.world_size else []
     parts = ["scheduler.pt", "latest" if training.deepspeed else "optimizer.pt"]
     return lost + [f"{part} is not there" for part in parts if not (checkpoint / part).is_file()]
-
-
-# ---- While it trains ----
 
 
 class KeepRun(transformers.TrainerCallback):
