@@ -11,8 +11,10 @@ Follows  https://huggingface.co/docs/transformers/main_classes/model, "resize_to
 """
 
 import argparse
+import contextlib
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -36,7 +38,7 @@ def main(argv=None):
         new_tokens = add_tokens(tokenizer, args.new_tokens)
         model = load_model(name, config)
         add_rows(model, new_tokens)
-        save(model, tokenizer, output, new_tokens)
+        save(name, model, tokenizer, output, new_tokens)
     except Exception as error:  # damaged files can raise anything
         why = error if " " in str(error) else repr(error)
         fail(f"{name} cannot be copied to {output}: {why}")
@@ -75,7 +77,7 @@ def load_model(name, config):
     """The model on the CPU, in the precision of its file."""
     config.dtype = None  # "auto" would believe it, whatever the file holds
     options = {"config": config, "dtype": "auto", "trust_remote_code": False}
-    load = transformers.AutoModelForCausalLM.from_pretrained
+    load = auto_class(config).from_pretrained
     model, info = load(name, output_loading_info=True, **options)
     lost = sorted(info["missing_keys"])[:3]
     check(not lost, f"{name} lacks weights that would be random: {lost}. Fetch it again.")
@@ -98,11 +100,15 @@ def add_rows(model, new_tokens):
                 f"output embeddings {'tied to the input' if tied else 'of their own'}")  # fmt: skip
 
 
-def save(model, tokenizer, output, new_tokens):
+def save(name, model, tokenizer, output, new_tokens):
     """Write the copy, whole or not at all. tokenizer.json alone: no .model file has the tokens."""
     with tempfile.TemporaryDirectory(dir=output, prefix=".partial.") as partial:  # may be a link
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        for file in ("preprocessor", "processor", "video_preprocessor"):
+            with contextlib.suppress(OSError):  # few models have one; they see, too
+                file = transformers.utils.cached_file(name, f"{file}_config.json")
+                shutil.copy(file, partial)
         again = transformers.AutoTokenizer.from_pretrained(partial, trust_remote_code=False)
         for row in new_tokens:
             text = tokenizer.convert_ids_to_tokens(row)
@@ -129,6 +135,15 @@ def parse(argv):
     good = all(args.new_tokens) and len({*args.new_tokens}) == len(args.new_tokens)
     check(good, "--new_tokens: a name is empty, or there twice. Type them as <a>,<b>.")
     return args
+
+
+# Copied from finetune_full/finetune_full.py
+def auto_class(config):
+    """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
+    import transformers
+
+    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
 # Copied from finetune_full/finetune_full.py
@@ -181,8 +196,10 @@ def check(condition, message):
 # Copied from finetune_full/finetune_full.py
 def fail(message, every_rank=False):
     """One line on stderr and exit code 2; of several ranks the first one speaks."""
+    text = " ".join(str(message).split())[:600]
+    text += " Accept its licence there, then type: hf auth login" if "gated repo" in text else ""
     if every_rank or os.environ.get("RANK", "0") == "0":
-        print("error:", " ".join(str(message).split())[:600], file=sys.stderr, flush=True)
+        print("error:", text, file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun ends all ranks when one leaves
     raise SystemExit(2)

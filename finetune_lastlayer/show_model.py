@@ -88,13 +88,13 @@ def parse(argv):
 
 def load_outline(args):
     """The model on the meta device: names, shapes and dtypes without memory for the numbers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     trusted = {"trust_remote_code": args.trust_remote_code == "true"}
     try:
         config = AutoConfig.from_pretrained(args.model_name_or_path, **trusted)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **trusted)
+            return auto_class(config).from_config(config, **trusted)
     except Exception as error:  # a damaged file can raise anything
         problem = "is no causal language model here, nor could it be fetched"
         return fail(f"--model_name_or_path {args.model_name_or_path} {problem}: {error}")
@@ -144,10 +144,28 @@ def print_table(rows):
         print("  ".join([*words, row[7].rjust(7)]).rstrip())
 
 
+# Copied from finetune_full/finetune_full.py
+def auto_class(config):
+    """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
+    import transformers
+
+    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+
+
+# Copied from finetune_full/finetune_full.py
+def beside_text(model):
+    """The names of the parameters that text does not pass: of image and audio towers."""
+    ends = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+    text = {weight for end in ends for weight in end.parameters()}
+    return [name for name, weight in model.named_parameters() if weight not in text]
+
+
 # Copied from finetune_lastlayer/finetune_lastlayer.py
 def choose_parameters(model, train):
     """The names of the parameters that --train means; a tied head counts under both its names."""
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names, beside = model.named_parameters(remove_duplicate=False), {*beside_text(model)}
+    names = [name for name, _ in names if name not in beside]
     modules = {module: name for name, module in model.named_modules()}
     head = modules[model.get_output_embeddings()]
     embedding = modules[model.get_input_embeddings()]
@@ -171,9 +189,10 @@ def choose_parameters(model, train):
 # Copied from finetune_lastlayer/finetune_lastlayer.py
 def last_block(model):
     """The names of the last block and of what comes behind the blocks, which is the final norm."""
-    number = model.config.num_hidden_layers
+    number = model.config.get_text_config().num_hidden_layers
+    inside = {*model.get_decoder().modules()}
     for name, blocks in model.named_modules():
-        if isinstance(blocks, torch.nn.ModuleList) and len(blocks) == number:
+        if isinstance(blocks, torch.nn.ModuleList) and len(blocks) == number and blocks in inside:
             parent, _, own = name.rpartition(".")
             children = [child for child, _ in model.get_submodule(parent).named_children()]
             behind = children[children.index(own) + 1 :]
@@ -208,8 +227,10 @@ def check(condition, message):
 # Copied from finetune_full/finetune_full.py
 def fail(message, every_rank=False):
     """One line on stderr and exit code 2; of several ranks the first one speaks."""
+    text = " ".join(str(message).split())[:600]
+    text += " Accept its licence there, then type: hf auth login" if "gated repo" in text else ""
     if every_rank or os.environ.get("RANK", "0") == "0":
-        print("error:", " ".join(str(message).split())[:600], file=sys.stderr, flush=True)
+        print("error:", text, file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun ends all ranks when one leaves
     raise SystemExit(2)

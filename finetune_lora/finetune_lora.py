@@ -29,7 +29,7 @@ import torch
 import transformers
 from datasets import Dataset, Features, List, Value
 from pyarrow.parquet import ParquetFile
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_count
 
@@ -52,6 +52,7 @@ class ScriptArguments:
     dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
     max_length: int | None = HfArg(default=None, help="Tokens per example. Default: up to 1024.")
     chat_template: str | None = HfArg(default=None, help="alpaca, or a Jinja file.")
+    chat_template_kwargs: str = HfArg(default="{}", help='Like {"enable_thinking": false}.')
     precision: str = HfArg(default="auto", help="auto (what the GPU has), bf16, fp16 or fp32.")
     attn_implementation: str | None = HfArg(default=None, help="eager, sdpa, flash_attention_2.")
     early_stopping_patience: int | None = HfArg(default=None, help="Saves without a lower loss.")
@@ -103,7 +104,7 @@ UNUSED = "system history tools chosen rejected thinking reasoning reasoning_cont
 
 
 def format_row(row, tokenizer):
-    """Return (form, pieces) of a row; pieces are [(text, learned)]: learned ones carry the loss."""
+    """Return (form, examples) of a row: lists of (text, learned); learned ones carry the loss."""
     eos = (tokenizer.eos_token, True)
     if unused := [name for name in UNUSED if row.get(name)]:
         raise ValueError(f"{', '.join(unused)} would be left out: remove it, or make it text.")
@@ -111,7 +112,7 @@ def format_row(row, tokenizer):
         return "messages", chat_pieces(row["messages"], tokenizer)
     if "prompt" in row and "completion" in row:
         prompt, answer = texts(row, "prompt", "completion")
-        return "prompt", [(prompt, False), (answer, True), eos]
+        return "prompt", [[(prompt, False), (answer, True), eos]]
     if "instruction" in row and "output" in row:
         question, answer = texts(row, "instruction", "output")
         if row.get("input"):
@@ -119,7 +120,7 @@ def format_row(row, tokenizer):
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return "instruction", chat_pieces(turns, tokenizer)
     if "text" in row:
-        return "text", [(texts(row, "text")[0], True), eos]
+        return "text", [[(texts(row, "text")[0], True), eos]]
     known = "messages (a list), prompt+completion, instruction+output, text"
     raise ValueError(f"the columns {', '.join(row)} are of no known form. Known: {known}.")
 
@@ -133,24 +134,35 @@ def texts(row, *columns):
 
 
 def chat_pieces(messages, tokenizer):
-    """A conversation as pieces: what stands before each assistant's turn, and the turn."""
-    pieces, done, render = [], "", tokenizer.apply_chat_template
+    """A conversation as pieces: what stands before each assistant's turn, and the turn.
+
+    Where a template rewrites earlier turns (Qwen3's drops their thoughts), the next answer begins
+    an example of its own, with the prompt that generation will give.
+    """
+    examples, done, render = [[]], "", tokenizer.apply_chat_template
     for number, message in enumerate(messages):
-        for name, value in message.items() if isinstance(message, dict) else ():
-            if name not in ("role", "content") and value not in (None, "", [], {}):
-                raise ValueError(f"a turn is role and content: its {name} would be left out.")
-        role, content = texts(message, "role", "content")
+        (role, content), answer = texts(message, "role", "content"), ""
         if role == "assistant":
             if number:
                 before = render(messages[:number], tokenize=False, add_generation_prompt=True)
             else:  # a conversation may begin with an answer
                 before = render([{**message, "content": "\0"}], tokenize=False).split("\0")[0]
             after = render(messages[: number + 1], tokenize=False)
-            if not (before.startswith(done) and after.startswith(before)):
-                raise ValueError("the template rewrites earlier turns: give each answer a row.")
-            pieces += [(before[len(done) :], False), (after[len(before) :], content != "")]
-            done = after
-    return pieces
+            # What asks may end in an empty thought, without which the answer is written (Nemotron).
+            is_open = after.startswith(before) or not before.rstrip().endswith("</think>")
+            start = before if is_open else before[: before.rindex("<think>")]
+            answer = after[len(start) :]
+            if not after.startswith(start) or (start < before and answer.startswith("<think>")):
+                raise ValueError("the template rewrites earlier turns, or what begins an answer.")
+            if not before.startswith(done):
+                examples, done = [*examples, []], ""
+            examples[-1] += [(before[len(done) :], False), (answer, content != "")]
+            done = before + answer
+        for name, value in message.items():  # a template may write an answer's thoughts, say
+            is_used = isinstance(value, str) and value.strip() in answer
+            if name not in ("role", "content") and value not in (None, "", [], {}) and not is_used:
+                raise ValueError(f"a turn is role and content: its {name} would be left out.")
+    return examples
 
 
 def leading_ids(tokenizer):
@@ -178,23 +190,24 @@ def make_examples(source, tokenizer, max_length):
     form = None
     for place, row in read_rows(source):
         try:
-            found, pieces = format_row(row, tokenizer)
-            ids, labels = encode(pieces, tokenizer)
+            found, examples = format_row(row, tokenizer)
+            encoded = [(pieces, *encode(pieces, tokenizer)) for pieces in examples]
         except Exception as error:  # a template can raise anything
             fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
         if not form and found in ("messages", "instruction") and turn_end_id(tokenizer) is None:
             fail("the chat template ends answers with no special token to stop at.")
         form = form or found
         check(found == form, f"{place}: a row of another form ({found}) than before ({form}).")
-        # Nothing is learned from an EOS behind an empty answer, nor without a label.
-        is_empty = set(labels) <= {-100, tokenizer.eos_token_id}
-        is_text = pieces and all(learned for _, learned in pieces)  # is split, others are cut
-        for start in range(0, len(ids) if is_text else 1, max_length):
-            part = labels[start : start + max_length]
-            outcome = "kept" if is_text or len(ids) <= max_length else "cut"
-            outcome = "dropped" if is_empty or set(part[1:]) <= {-100} else outcome
-            example = {"input_ids": ids[start : start + max_length], "labels": part}
-            yield {**example, "length": len(part), "form": form, "outcome": outcome}
+        for pieces, ids, labels in encoded:
+            # Nothing is learned from an EOS behind an empty answer, nor without a label.
+            is_empty = set(labels) <= {-100, tokenizer.eos_token_id}
+            is_text = pieces and all(learned for _, learned in pieces)  # is split, others are cut
+            for start in range(0, len(ids) if is_text else 1, max_length):
+                part = labels[start : start + max_length]
+                outcome = "kept" if is_text or len(ids) <= max_length else "cut"
+                outcome = "dropped" if is_empty or set(part[1:]) <= {-100} else outcome
+                example = {"input_ids": ids[start : start + max_length], "labels": part}
+                yield {**example, "length": len(part), "form": form, "outcome": outcome}
     check(form, f"{source} has no rows.")
 
 
@@ -250,25 +263,6 @@ OUT_OF_MEMORY = """GPU memory is full. Try, in this order: --per_device_train_ba
 --max_length, a lower --lora_r."""
 
 
-# Copied from finetune_full/finetune_full.py
-def load_weights(script, path, **options):
-    """Return (model, loading's report); weights that are published quantised are unpacked."""
-    remote = {"trust_remote_code": script.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(path, **remote)
-    if stored := getattr(config, "quantization_config", None):
-        kind, rounds = stored.get("quant_method"), "quantization_config" in options  # in 8, 4 bit
-        remedy = "Leave --load_in_... out." if rounds else "Fetch it in bf16 or fp16."
-        is_good = kind in ("mxfp4", "fp8", "mxfp8", "compressed-tensors") and not rounds
-        check(is_good, f"{path} is published in {kind}, which cannot be trained so. {remedy}")
-        say("unpacked", f"the weights are published in {kind}; what is saved is not")
-        stored["dequantize"] = True
-    options |= {"config": config, "attn_implementation": script.attn_implementation, **remote}
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-    if stored:
-        model._weight_conversions = None  # it saves them packed again, or by other names
-    return model, info
-
-
 def load_model(script, training, tokenizer, resume):
     """The base, in the precision that is computed in or quantised, and the adapter on it."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -284,8 +278,7 @@ def load_model(script, training, tokenizer, resume):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=options["dtype"],
         )
-    model, info = load_weights(script, script.model_name_or_path, **options)
-    check_model(script, tokenizer, model, info)
+    model = read_model(script, tokenizer, script.model_name_or_path, **options)
     done = [m for m in model.modules() if type(m).__module__ == "bitsandbytes.nn.modules"]
     for layer in done:
         layer.support_avx512bf16_for_cpu = False  # or an evaluation on a CPU spoils the training
@@ -355,7 +348,9 @@ def find_modules(model, script, option):
             (torch.nn.Linear, transformers.pytorch_utils.Conv1D),
             model.get_output_embeddings(),
         )
+        beside = {name.rpartition(".")[0] for name in beside_text(model)}
         fitting = [n for n, m in modules.items() if isinstance(m, kinds) and m is not head]
+        fitting = [name for name in fitting if name not in beside]
         is_plain = all(weight.dim() < 3 for weight in model.parameters())
         check(is_plain, "experts and Mamba layers need `jobs` beside this script's directory.")
     for end in given if given not in (["all-linear"], ["none"]) else ():
@@ -486,8 +481,10 @@ def say(name, text):
 
 def fail(message, every_rank=False):
     """One line on stderr and exit code 2; of several ranks the first one speaks."""
+    text = " ".join(str(message).split())[:600]
+    text += " Accept its licence there, then type: hf auth login" if "gated repo" in text else ""
     if every_rank or os.environ.get("RANK", "0") == "0":
-        print("error:", " ".join(str(message).split())[:600], file=sys.stderr, flush=True)
+        print("error:", text, file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun ends all ranks when one leaves
     raise SystemExit(2)
@@ -584,28 +581,33 @@ def read_rows(source):
 def load_tokenizer(script):
     """Return (tokenizer with a chat template, tokens per example at most)."""
     name, remote = script.model_name_or_path, {"trust_remote_code": script.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(name, **remote)
-    tokenizer = exact_tokenizer(name, config.get_text_config().vocab_size, say, **remote)
-    choose_chat_template(script.chat_template, tokenizer)
-    limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 1024)
+    config = transformers.AutoConfig.from_pretrained(name, **remote).get_text_config()
+    tokenizer = exact_tokenizer(name, config.vocab_size, say, **remote)
+    choose_chat_template(script.chat_template, tokenizer, script.chat_template_kwargs)
+    limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 10**9)
     length = min(1024, limit) if script.max_length is None else script.max_length
     check(2 <= length <= limit, f"--max_length {length} does not fit the {limit} positions.")
     return tokenizer, length
 
 
-def choose_chat_template(name, tokenizer):
+def choose_chat_template(name, tokenizer, values="{}"):
     """Set the template named, or ours where the tokenizer has none, with BOS where it adds one."""
-    if name is None and tokenizer.chat_template is not None:
-        return
-    is_known = name in (None, "alpaca")
     try:
-        template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8-sig")
-        tokenizer.chat_template, first = template, leading_ids(tokenizer)
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        if name is not None or tokenizer.chat_template is None:
+            is_known, first = name in (None, "alpaca"), leading_ids(tokenizer)
+            template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8-sig")
+            tokenizer.chat_template = template
+            text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+            if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
+                tokenizer.chat_template = "{{ bos_token }}" + template
+        for key, value in json.loads(values).items():  # in the template: generation has them, too
+            template = tokenizer.get_chat_template()
+            check(key in template, f"--chat_template_kwargs: the template does not use {key}.")
+            default = f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
+            tokenizer.chat_template = default + "{{ '' }}" + template
     except Exception as error:  # a template can raise anything
-        fail(f"--chat_template {name}: {error!r}. Two ready ones lie in ../chat_templates.")
-    if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
-        tokenizer.chat_template = "{{ bos_token }}" + template
+        given = f"--chat_template {name}, --chat_template_kwargs {values}"
+        fail(f"{given}: {error!r}. Two ready templates lie in ../chat_templates.")
 
 
 def turn_end_id(tokenizer):
@@ -613,7 +615,7 @@ def turn_end_id(tokenizer):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     labels = []
     with suppress(Exception):  # a template may not take these turns, and rows may need none
-        labels = encode(chat_pieces(turns, tokenizer), tokenizer)[1]
+        labels = encode(chat_pieces(turns, tokenizer)[0], tokenizer)[1]
     # all_special_ids has only those with a role, such as eos_token; Gemma's <end_of_turn> has none.
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added.union(tokenizer.all_special_ids)
@@ -653,17 +655,48 @@ def exact_tokenizer(name, rows, say, grown=False, **remote):
     return tokenizer
 
 
-def check_model(script, tokenizer, model, info):
-    """Refuse a checkpoint that would train with random weights; set what its class leaves open."""
+def read_model(script, tokenizer, source, **options):
+    """The model, frozen where text does not pass; refused if weights are missing."""
+    remote = {"trust_remote_code": script.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(source, **remote)
+    if keep_run:  # weights that are published quantised are unpacked
+        keep_run.unpack(config, source, options)
+    options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
+    model, info = auto_class(config).from_pretrained(source, config=config, **options, **remote)
     missing = sorted(info["missing_keys"])[:3]
-    check(not missing, f"{script.model_name_or_path} lacks weights: {missing} would be random.")
+    check(not missing, f"{source} lacks weights: {missing} would be random.")
+    if hasattr(config, "quantization_config"):
+        model._weight_conversions = None  # it saves them packed again, or by other names
     model.loss_type = "ForCausalLM"  # gpt2 names none and divides by a wrong number of tokens
+    model.accepts_loss_kwargs = True  # the number of tokens, which composites seem to refuse
+    beside = beside_text(model)
+    for weight in beside:
+        model.get_parameter(weight).requires_grad = False
+    if beside:
+        parts = {weight.removeprefix("model.").split(".")[0] for weight in beside}
+        say("frozen", f"{', '.join(sorted(parts))}: text does not pass there")
     ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
     model.generation_config.eos_token_id = sorted(ends)
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # a temperature or the like without do_sample: nothing could be saved
         model.generation_config.do_sample = True
+    return model
+
+
+def auto_class(config):
+    """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
+    import transformers
+
+    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+
+
+def beside_text(model):
+    """The names of the parameters that text does not pass: of image and audio towers."""
+    ends = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+    text = {weight for end in ends for weight in end.parameters()}
+    return [name for name, weight in model.named_parameters() if weight not in text]
 
 
 def peak_memory(of=torch.cuda.max_memory_allocated):

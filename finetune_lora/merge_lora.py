@@ -22,6 +22,8 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+IMAGES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
 
 def main(argv=None):
     args = parse(argv)
@@ -106,16 +108,25 @@ def find_base(args, adapter):
     return base, (auto if args.dtype == "auto" else args.dtype)
 
 
+# Copied from finetune_full/finetune_full.py
+def auto_class(config):
+    """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
+    import transformers
+
+    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+
+
 def load_base(args, name):
     """A model in fp32 on the CPU; one that lacks weights is refused."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     options = {"trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(name, **options)
     if stored := getattr(config, "quantization_config", None):
         stored["dequantize"] = True
     options |= {"config": config, "dtype": "float32", "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+    model, info = auto_class(config).from_pretrained(name, **options)
     if stored:
         model._weight_conversions = None  # it would write them packed again, or by other names
     missing = sorted(info["missing_keys"])[:3]
@@ -185,8 +196,8 @@ def write(args, adapter, base, model, tokenizer, dtype, ids):
         os.umask(mask := os.umask(0))
         for path in Path(written).glob("*.safetensors"):
             path.chmod(0o666 & ~mask)  # safetensors writes for the owner only
-        # transformers reads these, and writes tokenizer.json alone.
-        for name in ("tokenizer.model", "spiece.model"):
+        # transformers reads these, and writes tokenizer.json alone; and what it shows images with.
+        for name in ("tokenizer.model", "spiece.model", *IMAGES):
             own = adapter if (adapter / name).is_file() else base
             if source := cached_file(str(own), name, **dict.fromkeys(quiet, False)):
                 shutil.copy(source, Path(written, name))
@@ -320,7 +331,9 @@ def say(name, text):
 
 # Copied from generate_text/generate_text.py
 def fail(message):
-    print("error:", " ".join(str(message).split())[:600], file=sys.stderr)
+    text = " ".join(str(message).split())[:600]
+    text += " Accept its licence there, then type: hf auth login" if "gated repo" in text else ""
+    print("error:", text, file=sys.stderr)
     raise SystemExit(2)
 
 

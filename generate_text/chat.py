@@ -38,6 +38,7 @@ def parse(argv):
     add("--load_in_8bit", **switch, help="Half the memory; slower, slightly other answers.")
     add("--load_in_4bit", **switch, help="A quarter of the memory (NF4); answers differ more.")
     add("--chat_template", **path, help="alpaca, or a Jinja file. Default: the tokenizer's own.")
+    add("--chat_template_kwargs", default="{}", help='Like {"enable_thinking": false}.')
     add("--trust_remote_code", **switch, help="Run the repository's code. Read it first.")
     return parser.parse_args(argv)
 
@@ -83,8 +84,10 @@ def chat_texts(turns, tokenizer):
         else:  # a conversation may begin with an answer
             before = render([{**turns[0], "content": "\0"}], tokenize=False).split("\0")[0]
         after = render(turns[: stop + 1], tokenize=False) if stop < len(turns) else before
-        if not (before.startswith(done) and after.startswith(before)):  # training refuses it
+        if not after.startswith(before):  # training refuses it
             return [render(turns, tokenize=False, add_generation_prompt=True)]
+        if not before.startswith(done):  # it rewrites earlier turns: as in training
+            texts, done = [], ""
         texts += [before[len(done) :], after[len(before) :]]
         done = after
     return texts
@@ -107,48 +110,56 @@ def load_tokenizer(args):
 
     name, remote = args.base, {"trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(name, **remote)
-    rows = config.get_text_config().vocab_size
-    tokenizer = exact_tokenizer(name, rows, note, **remote)
+    args.version, config = getattr(config, "_commit_hash", None), config.get_text_config()
+    tokenizer = exact_tokenizer(name, config.vocab_size, note, **remote)
     if args.recorded and Path(args.model_name_or_path, "tokenizer_config.json").is_file():
         known, name = tokenizer.get_vocab().items(), args.model_name_or_path
         # An adapter may bring rows for new tokens.
-        tokenizer = exact_tokenizer(name, rows, note, grown=True, **remote)
+        tokenizer = exact_tokenizer(name, config.vocab_size, note, grown=True, **remote)
         check(known <= tokenizer.get_vocab().items(), f"{args.base} has another vocabulary.")
-    choose_chat_template(args.chat_template, tokenizer)
+    choose_chat_template(args.chat_template, tokenizer, args.chat_template_kwargs)
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     found = [getattr(config, name) for name in names if getattr(config, name, None)]
-    args.positions, args.version = [*found, sys.maxsize][0], getattr(config, "_commit_hash", None)
+    args.positions = [*found, sys.maxsize][0]
     return tokenizer
 
 
 def load_model(args, precision, tokenizer):
     """The model, quantised and with its adapter where asked for."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
     from transformers.models.falcon import modeling_falcon
 
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
-    remote, gpu = (
-        {"trust_remote_code": args.trust_remote_code},
-        int(os.environ.get("LOCAL_RANK", 0)),
-    )
-    options = {"dtype": dtype, "config": AutoConfig.from_pretrained(args.base, **remote), **remote}
-    options["device_map"] = args.device_map or ({"": gpu} if torch.cuda.is_available() else None)
-    if args.recorded and hasattr(options["config"], "quantization_config"):
-        options["config"].quantization_config["dequantize"] = True  # as when it was trained
+    remote = {"trust_remote_code": args.trust_remote_code}
+    config, gpu = AutoConfig.from_pretrained(args.base, **remote), os.environ.get("LOCAL_RANK", 0)
+    options = {"dtype": dtype, "config": config, "device_map": args.device_map, **remote}
+    if torch.cuda.is_available() and not args.device_map:
+        options["device_map"] = {"": int(gpu)}
+    if args.recorded and hasattr(config, "quantization_config"):
+        config.quantization_config["dequantize"] = True  # as it was when the adapter was trained
     is_quantised = args.load_in_8bit or args.load_in_4bit
     if is_quantised:
         modeling_falcon.FalconLinear = torch.nn.Linear  # the same; the quantiser skips subclasses
         bits = {"load_in_8bit": args.load_in_8bit, "load_in_4bit": args.load_in_4bit}
         bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
-    load = AutoModelForCausalLM.from_pretrained
+    load = auto_class(config).from_pretrained
     model, info = load(args.base, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])[:3]
     check(not missing, f"{args.base} lacks weights, they would be random: {missing}")
     args.quantised = sum(type(m).__module__ == "bitsandbytes.nn.modules" for m in model.modules())
     check(args.quantised or not is_quantised, "no layer was quantised. Leave --load_in_... out.")
     return add_adapter(args, model, len(tokenizer)) if args.recorded else model
+
+
+# Copied from finetune_full/finetune_full.py
+def auto_class(config):
+    """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
+    import transformers
+
+    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
 def add_adapter(args, model, tokens):
@@ -179,9 +190,9 @@ def set_generation(args, model, tokenizer, is_chat):
     saved, name = model.generation_config, args.model_name_or_path
     if args.recorded and Path(name, "generation_config.json").is_file():  # an adapter's own
         saved = GenerationConfig.from_pretrained(name)
-    ids = saved.eos_token_id
+    ids, rows = saved.eos_token_id, model.config.get_text_config().vocab_size
     ends.update(ids if isinstance(ids, list) else [ids])
-    ends = sorted(i for i in ends if i is not None and i < model.config.vocab_size)
+    ends = sorted(i for i in ends if i is not None and i < rows)
     config = GenerationConfig(do_sample=args.do_sample, eos_token_id=ends, pad_token_id=0)
     if args.do_sample:
         config.update(temperature=args.temperature, top_p=args.top_p, top_k=0)
@@ -269,7 +280,9 @@ def note(name, text):
 
 # Copied from generate_text/generate_text.py
 def fail(message):
-    print("error:", " ".join(str(message).split())[:600], file=sys.stderr)
+    text = " ".join(str(message).split())[:600]
+    text += " Accept its licence there, then type: hf auth login" if "gated repo" in text else ""
+    print("error:", text, file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -323,19 +336,24 @@ def choose_precision(args):
 
 
 # Copied from finetune_full/finetune_full.py
-def choose_chat_template(name, tokenizer):
+def choose_chat_template(name, tokenizer, values="{}"):
     """Set the template named, or ours where the tokenizer has none, with BOS where it adds one."""
-    if name is None and tokenizer.chat_template is not None:
-        return
-    is_known = name in (None, "alpaca")
     try:
-        template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8-sig")
-        tokenizer.chat_template, first = template, leading_ids(tokenizer)
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        if name is not None or tokenizer.chat_template is None:
+            is_known, first = name in (None, "alpaca"), leading_ids(tokenizer)
+            template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8-sig")
+            tokenizer.chat_template = template
+            text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+            if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
+                tokenizer.chat_template = "{{ bos_token }}" + template
+        for key, value in json.loads(values).items():  # in the template: generation has them, too
+            template = tokenizer.get_chat_template()
+            check(key in template, f"--chat_template_kwargs: the template does not use {key}.")
+            default = f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
+            tokenizer.chat_template = default + "{{ '' }}" + template
     except Exception as error:  # a template can raise anything
-        fail(f"--chat_template {name}: {error!r}. Two ready ones lie in ../chat_templates.")
-    if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
-        tokenizer.chat_template = "{{ bos_token }}" + template
+        given = f"--chat_template {name}, --chat_template_kwargs {values}"
+        fail(f"{given}: {error!r}. Two ready templates lie in ../chat_templates.")
 
 
 # Copied from finetune_full/finetune_full.py

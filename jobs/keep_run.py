@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -25,6 +25,7 @@ from check_arguments import (  # noqa: F401 -- for the scripts
     check_tokens,
     read_words,
     refuse,
+    unpack,
 )
 from run_common import check, fail, read_deadline, say
 from run_files import (
@@ -37,8 +38,10 @@ from run_files import (
     what_lacks,
     write_mark,
 )
+from transformers.utils import cached_file
 
 PACKAGES = "torch transformers tokenizers datasets accelerate peft deepspeed bitsandbytes".split()
+IMAGES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 FULL = ("No space left", "Disk quota exceeded", "inline_container")  # the last is torch.save's
 # Arguments that change no weight, by their beginnings; some only where no evaluation matters.
 LED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
@@ -147,6 +150,7 @@ class KeepRun(transformers.TrainerCallback):
 
     def __init__(self, trainer, given, run, resume):
         args, self.trainer, self.run_id = trainer.args, trainer, run["id"]
+        self.base = given["model_name_or_path"]
         self.keep = given.get("save_total_limit") or sys.maxsize
         weights, trained = run["total_parameters"], run["trainable_parameters"]
         moments = (2 if "8bit" in args.optim else 8) + 4 * bool(args.deepspeed)
@@ -236,6 +240,12 @@ class KeepRun(transformers.TrainerCallback):
                 path = Path(args.output_dir, f"checkpoint-{state.global_step}")
                 write_mark(path, self.run_id)
             self.trainer.accelerator.wait_for_everyone()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        # What a model that sees shows its images with is the base's: the result is one, too.
+        for file in IMAGES if args.should_save else ():
+            with suppress(OSError):
+                shutil.copy(cached_file(self.base, file), args.output_dir)
 
     def on_save(self, args, state, control, **kwargs):
         self.saving = 0  # from now on it is in the longest step

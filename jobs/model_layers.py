@@ -16,6 +16,7 @@ from run_common import check
 def weigh_layers(model):
     """{name: (size, why no adapter can stand beside it, or "")} of the layers' matrices."""
     layers, modules, code = {}, dict(model.named_modules()), cache(inspect.getsource)
+    beside = {*beside_text(model)}  # an image tower's, say
     for name, module in modules.items():
         parent, _, own = name.rpartition(".")
         is_linear = isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
@@ -23,7 +24,7 @@ def weigh_layers(model):
         is_end = isinstance(module, torch.nn.Embedding) or module is model.get_output_embeddings()
         for key, weight in module.named_parameters(recurse=False):
             shape, why = getattr(weight, "ds_shape", weight.shape), ""  # ZeRO-3 empties weights
-            if len(shape) < 2 or is_end:
+            if len(shape) < 2 or is_end or f"{name}.{key}" in beside:
                 continue
             use = rf"self\.{own}\.weight\b(?!\.(dtype|device|shape)|\[)"
             if re.search(r"router|\b(shared_expert_)?gate\b", name):
@@ -72,3 +73,11 @@ def rounded(model, is_partly_allowed):
 def ends_of(names):
     """How names end, each once."""
     return ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}))
+
+
+# Copied from finetune_full/finetune_full.py
+def beside_text(model):
+    """The names of the parameters that text does not pass: of image and audio towers."""
+    ends = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+    text = {weight for end in ends for weight in end.parameters()}
+    return [name for name, weight in model.named_parameters() if weight not in text]

@@ -15,8 +15,10 @@ def say(name, text):
 # Copied from finetune_full/finetune_full.py
 def fail(message, every_rank=False):
     """One line on stderr and exit code 2; of several ranks the first one speaks."""
+    text = " ".join(str(message).split())[:600]
+    text += " Accept its licence there, then type: hf auth login" if "gated repo" in text else ""
     if every_rank or os.environ.get("RANK", "0") == "0":
-        print("error:", " ".join(str(message).split())[:600], file=sys.stderr, flush=True)
+        print("error:", text, file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun ends all ranks when one leaves
     raise SystemExit(2)
