@@ -592,22 +592,22 @@ def load_tokenizer(script):
 
 def choose_chat_template(name, tokenizer, values="{}"):
     """Set the template named, or ours where the tokenizer has none, with BOS where it adds one."""
+    what, is_known = f"--chat_template {name}", name in (None, "alpaca")
     try:
         if name is not None or tokenizer.chat_template is None:
-            is_known, first = name in (None, "alpaca"), leading_ids(tokenizer)
             template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8-sig")
-            tokenizer.chat_template = template
+            tokenizer.chat_template, first = template, leading_ids(tokenizer)
             text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
             if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
                 tokenizer.chat_template = "{{ bos_token }}" + template
+        what = f"--chat_template_kwargs {values}"
         for key, value in json.loads(values).items():  # in the template: generation has them, too
             template = tokenizer.get_chat_template()
-            check(key in template, f"--chat_template_kwargs: the template does not use {key}.")
+            check(key in template, f"{what}: the template does not use {key}.")
             default = f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
             tokenizer.chat_template = default + "{{ '' }}" + template
     except Exception as error:  # a template can raise anything
-        given = f"--chat_template {name}, --chat_template_kwargs {values}"
-        fail(f"{given}: {error!r}. Two ready templates lie in ../chat_templates.")
+        fail(f"{what}: {error!r}. Two ready templates lie in ../chat_templates.")
 
 
 def turn_end_id(tokenizer):

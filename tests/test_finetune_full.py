@@ -307,7 +307,7 @@ def test_templates_that_cannot_be_learned(script, checkpoints, tmp_path, capsys)
     (tmp_path / "rewriting.jinja").write_text(rewriting)
     message = refused(script, capsys, [*common, "--chat_template", tmp_path / "rewriting.jinja"])
     assert "rewrites earlier turns" in message or "no special token" in message
-    assert "Two ready ones lie in ../chat_templates" in refused(
+    assert "Two ready templates lie in ../chat_templates" in refused(
         script, capsys, [*common, "--chat_template", "dolly"]
     )
     # other shapes do not use a template
