@@ -13,15 +13,15 @@ HERE = Path(__file__).resolve().parent
 GPU_GB = 140  # an H200
 RESERVE_GB = 25  # to leave for activations, bf16 copies of fp32 weights, and buffers
 HOST_GB = {1: 160, 8: 1920, 16: 1920}  # of a node by number of GPUs: rt_HG, rt_HF, two of rt_HF
-OFFLOADED = 4 + 8 + 4 + 2 + 2  # fp32 weights, Adam's moments, gradients; bf16 weights, gradients
+OFFLOADED = 4 + 8 + 4 + 4 + 4  # the step's weights, Adam's moments, gradients; those sent, added up
 CONFIGS = ("none", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 FORMULAS = {
-    "none": ("4 + 4 + 8 = 16; on several GPUs 20", "4 for each of its GPUs"),
-    "zero1": ("2 + max(2 + 2/N, 8/N) + 12/N", "4 for each of its GPUs"),
-    "zero2": ("2 + 8/N + 12/N", "4 for each of its GPUs"),
-    "zero3": ("2/N + 2/N + 12/N", "4"),
-    "zero2_offload": ("2 + 0 + 0", "20/nodes + 2, or 4 for each of its GPUs"),
-    "zero3_offload": ("0 + 0 + 0", "20/nodes + 2"),
+    "none": ("4 + 4 + 8", "4 for each of its GPUs"),
+    "zero1": ("4 + max(4 + 4/N, 8/N) + 12/N", "4 for each of its GPUs"),
+    "zero2": ("4 + 8/N + 12/N", "4 for each of its GPUs"),
+    "zero3": ("4/N + 4/N + 12/N", "4"),
+    "zero2_offload": ("4 + 0 + 0", "24/nodes + 4, or 4 for each of its GPUs"),
+    "zero3_offload": ("0 + 0 + 0", "24/nodes + 4"),
 }
 MODELS = {  # parameters, those of the output matrix, whether that is also the input embedding
     "Cerebras-GPT-13B": (12_853_386_240, 50257 * 5120, True),
@@ -38,24 +38,23 @@ BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # Okabe and Ito's, for th
 
 def gpu_bytes(config, n):
     """Bytes per parameter on each of n GPUs as (weights, gradients, optimizer); a step's peak."""
-    # fp32; on several GPUs DistributedDataParallel keeps the gradients again in its buckets.
-    if config == "none":
-        return 4, 4 if n == 1 else 8, 8
-    # All gradients and a copy of its own part, or the three copies that ZeRO-2 makes of the part.
+    if config == "none":  # while batches are accumulated on several GPUs, 4 more for gradients
+        return 4, 4, 8
+    # All gradients and a copy of its own part, or the two copies that ZeRO-2 makes of the part.
     if config == "zero1":
-        return 2, max(2 + 2 / n, 8 / n), 12 / n
-    if config == "zero2":  # its own part: bf16, the same flattened, and fp32 for the optimizer
-        return 2, 8 / n, 12 / n
-    if config == "zero3":  # the fp32 gradients are made piece by piece: a buffer, not counted here
-        return 2 / n, 2 / n, 12 / n
-    return (2 if config == "zero2_offload" else 0), 0, 0
+        return 4, max(4 + 4 / n, 8 / n), 12 / n
+    if config == "zero2":  # its own part, and the same flattened for the optimizer
+        return 4, 8 / n, 12 / n
+    if config == "zero3":  # the flattened gradients are made piece by piece: a buffer, not counted
+        return 4 / n, 4 / n, 12 / n
+    return (4 if config == "zero2_offload" else 0), 0, 0
 
 
 def host_bytes(config, n):
     """Bytes per parameter in each node's memory, n GPUs in all; peak of load, training, save."""
     per_node = min(n, 8)
     loading = 4 if config.startswith("zero3") else 4 * per_node  # each process reads fp32 weights
-    training = 2  # a save collects the weights
+    training = 4  # a save collects the weights
     if config.endswith("offload"):
         training += OFFLOADED * per_node / n
     return max(loading, training)
@@ -134,7 +133,7 @@ def draw_memory(figure):
         axes.text(len(bars) - 0.45, y + 0.2, text, ha="right", va="bottom", fontsize=11)
     axes.set_xticks(range(len(bars)), [label for label, _, _ in bars], fontsize=11)
     axes.set_ylabel("bytes per parameter on each GPU", fontsize=11)
-    axes.set(xlim=(-0.5, len(bars) - 0.4), ylim=(0, 23.5))
+    axes.set(xlim=(-0.5, len(bars) - 0.4), ylim=(0, 19.5))
     handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in (GREEN, ORANGE, BLUE)]
     names = ["optimizer", "gradients", "weights"]
     axes.legend(handles, names, frameon=False, fontsize=11, loc="upper right")

@@ -242,13 +242,14 @@ def collate(examples):
 
 OUT_OF_MEMORY = """GPU memory is full. Try, in this order: --per_device_train_batch_size 1 with more
 --gradient_accumulation_steps, --activation_checkpointing true, --optim adamw_bnb_8bit, a shorter
---max_length, on several GPUs --deepspeed ../deepspeed_configs/zero1.json."""
+--max_length, on several GPUs --deepspeed ../deepspeed_configs/zero2.json."""
 
 
 def load_model(script, training, tokenizer, resume):
     """The model with fp32 weights: in 16 bit, which autocast computes in, most updates get lost."""
     source = resume or script.model_name_or_path
-    return read_model(script, tokenizer, source, dtype=torch.float32)
+    kept_in = getattr(training, "kept_in", torch.float32)  # 16 bit for some of DeepSpeed's files
+    return read_model(script, tokenizer, source, dtype=kept_in)
 
 
 # ---- 4. Training ----
@@ -587,7 +588,8 @@ def print_banner(script, trainer, run, resume):
     args, model, rows = trainer.args, trainer.model, trainer.train_dataset
     total, trained = run["total_parameters"], run["trainable_parameters"]
     counts = f"{total:,} parameters, {trained:,} of them trained ({trained / total:.2%})"
-    say("model", f"{script.model_name_or_path} ({model.config.model_type}), {counts}")
+    kept = next(str(p.dtype)[6:] for p in model.parameters() if p.requires_grad)
+    say("model", f"{script.model_name_or_path} ({model.config.model_type}), {counts} in {kept}")
     say("device", f"{args.world_size} x {run['device']}, {script.precision} ({script.reason})")
     say("attention", f"{model.config._attn_implementation}; no mask, rows right-padded")
     size, parts = args.train_batch_size * args.world_size, args.gradient_accumulation_steps
@@ -614,6 +616,7 @@ def begin(script, trainer, given, run, resume):
     run |= {"trainable_parameters": trained, "total_parameters": total, "device": device}
     print_banner(script, trainer, run, resume)
     model.config.use_cache = True  # for whoever loads the result; batches say False
+    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # gradients once, not twice
     trainer.remove_callback(transformers.PrinterCallback)
     if script.early_stopping_patience is not None:
         trainer.add_callback(transformers.EarlyStoppingCallback(script.early_stopping_patience))
@@ -626,8 +629,8 @@ def save_results(trainer, run):
     """Model, tokenizer, trainer_state.json; all_results.json last: it marks the run as finished."""
     trainer.save_model()
     output_dir = Path(trainer.args.output_dir)
-    for file in output_dir.glob("*.safetensors") if trainer.args.should_save else ():
-        # As readable as the rest, not by the owner only.
+    written = output_dir.glob("*.safetensors") if trainer.args.should_save else ()
+    for file in written:  # as readable as the rest, not by the owner only
         file.chmod((output_dir / "tokenizer_config.json").stat().st_mode)
     history = trainer.state.log_history
     evaluation = {} if trainer.args.load_best_model_at_end or len(history) < 2 else history[-2]

@@ -26,7 +26,7 @@ SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir 
 [[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG") OUTPUT_DIR=$(sed -n 's/^output_dir: *//p' "$CONFIG" 2>&-)
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
 [[ -z ${VALIDATION_FILE:-} ]] || WORDS=(--validation_file "$VALIDATION_FILE" "${WORDS[@]}")
-[[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}") # e.g. ../deepspeed_configs/zero1.json
+[[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}") # e.g. ../deepspeed_configs/zero2.json
 
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || exit
 LAUNCH=(python)

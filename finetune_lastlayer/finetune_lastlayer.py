@@ -259,7 +259,8 @@ with --lora_target_modules none --modules_to_save lm_head --load_in_8bit true.""
 def load_model(script, training, tokenizer, resume):
     """The model with fp32 weights, computing in 16 bit, and frozen but for what --train names."""
     source = resume or script.model_name_or_path
-    model = read_model(script, tokenizer, source, dtype=torch.float32)
+    kept_in = getattr(training, "kept_in", torch.float32)  # 16 bit for some of DeepSpeed's files
+    model = read_model(script, tokenizer, source, dtype=kept_in)
     # A file may hold a head of its own in spite of its configuration, as Falcon's does.
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     model.config.tie_word_embeddings = head.weight is embedding.weight
@@ -703,7 +704,8 @@ def print_banner(script, trainer, run, resume):
     args, model, rows = trainer.args, trainer.model, trainer.train_dataset
     total, trained = run["total_parameters"], run["trainable_parameters"]
     counts = f"{total:,} parameters, {trained:,} of them trained ({trained / total:.2%})"
-    say("model", f"{script.model_name_or_path} ({model.config.model_type}), {counts}")
+    kept = next(str(p.dtype)[6:] for p in model.parameters() if p.requires_grad)
+    say("model", f"{script.model_name_or_path} ({model.config.model_type}), {counts} in {kept}")
     say("device", f"{args.world_size} x {run['device']}, {script.precision} ({script.reason})")
     say("attention", f"{model.config._attn_implementation}; no mask, rows right-padded")
     size, parts = args.train_batch_size * args.world_size, args.gradient_accumulation_steps
@@ -730,6 +732,7 @@ def begin(script, trainer, given, run, resume):
     run |= {"trainable_parameters": trained, "total_parameters": total, "device": device}
     print_banner(script, trainer, run, resume)
     model.config.use_cache = True  # for whoever loads the result; batches say False
+    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # gradients once, not twice
     trainer.remove_callback(transformers.PrinterCallback)
     if script.early_stopping_patience is not None:
         trainer.add_callback(transformers.EarlyStoppingCallback(script.early_stopping_patience))
@@ -742,8 +745,8 @@ def save_results(trainer, run):
     """Model, tokenizer, trainer_state.json; all_results.json last: it marks the run as finished."""
     trainer.save_model()
     output_dir = Path(trainer.args.output_dir)
-    for file in output_dir.glob("*.safetensors") if trainer.args.should_save else ():
-        # As readable as the rest, not by the owner only.
+    written = output_dir.glob("*.safetensors") if trainer.args.should_save else ()
+    for file in written:  # as readable as the rest, not by the owner only
         file.chmod((output_dir / "tokenizer_config.json").stat().st_mode)
     history = trainer.state.log_history
     evaluation = {} if trainer.args.load_best_model_at_end or len(history) < 2 else history[-2]

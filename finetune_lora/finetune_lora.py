@@ -324,8 +324,8 @@ def add_adapter(script, training, tokenizer, model):
     transformers.set_seed(training.seed)  # the adapter begins at random
     model = get_peft_model(model, config)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # DeepSpeed wants one precision, and keeps fp32 copies itself
-            parameter.data = parameter.data.to(model.dtype if training.deepspeed else torch.float32)
+        if parameter.requires_grad:  # some of DeepSpeed's files want 16 bit, and keep fp32 copies
+            parameter.data = parameter.data.to(getattr(training, "kept_in", torch.float32))
     text = f"LoRA of rank {script.lora_r} on {len(modules)} layers ({ends_of(modules) or 'none'})"
     each = f", and for each expert on {len(experts)} stacks ({ends_of(experts)})"
     say("adapter", text + each * bool(experts))
@@ -710,7 +710,8 @@ def print_banner(script, trainer, run, resume):
     args, model, rows = trainer.args, trainer.model, trainer.train_dataset
     total, trained = run["total_parameters"], run["trainable_parameters"]
     counts = f"{total:,} parameters, {trained:,} of them trained ({trained / total:.2%})"
-    say("model", f"{script.model_name_or_path} ({model.config.model_type}), {counts}")
+    kept = next(str(p.dtype)[6:] for p in model.parameters() if p.requires_grad)
+    say("model", f"{script.model_name_or_path} ({model.config.model_type}), {counts} in {kept}")
     say("device", f"{args.world_size} x {run['device']}, {script.precision} ({script.reason})")
     say("attention", f"{model.config._attn_implementation}; no mask, rows right-padded")
     size, parts = args.train_batch_size * args.world_size, args.gradient_accumulation_steps
@@ -737,6 +738,7 @@ def begin(script, trainer, given, run, resume):
     run |= {"trainable_parameters": trained, "total_parameters": total, "device": device}
     print_banner(script, trainer, run, resume)
     model.config.use_cache = True  # for whoever loads the result; batches say False
+    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # gradients once, not twice
     trainer.remove_callback(transformers.PrinterCallback)
     if script.early_stopping_patience is not None:
         trainer.add_callback(transformers.EarlyStoppingCallback(script.early_stopping_patience))
@@ -749,8 +751,8 @@ def save_results(trainer, run):
     """Model, tokenizer, trainer_state.json; all_results.json last: it marks the run as finished."""
     trainer.save_model()
     output_dir = Path(trainer.args.output_dir)
-    for file in output_dir.glob("*.safetensors") if trainer.args.should_save else ():
-        # As readable as the rest, not by the owner only.
+    written = output_dir.glob("*.safetensors") if trainer.args.should_save else ()
+    for file in written:  # as readable as the rest, not by the owner only
         file.chmod((output_dir / "tokenizer_config.json").stat().st_mode)
     history = trainer.state.log_history
     evaluation = {} if trainer.args.load_best_model_at_end or len(history) < 2 else history[-2]

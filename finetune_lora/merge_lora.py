@@ -60,7 +60,6 @@ def main(argv=None):
         say("verify", f"{text}; the largest is {wanted.abs().max():.1f}")
     if change == 0:
         say("note", "the adapter changes nothing, it was not trained: this is the base")
-    say_rounding(adapter)
     text = f"{args.output_dir}: {size:,} parameters in {dtype}, embeddings {tied}"
     say("merged", f"{text}; answers as base + adapter")
     generate = "python ../generate_text/generate_text.py --model_name_or_path"
@@ -142,6 +141,7 @@ def load_model(args, adapter, base):
 
     remote = {"trust_remote_code": args.trust_remote_code}
     model, saved = load_base(args, base), load_peft_weights(str(adapter), device="cpu")
+    say_rounding(adapter, model)
     rows = len(model.get_input_embeddings().weight)
     tokenizer = exact_tokenizer(base, rows, say, **remote)
     if (adapter / "tokenizer_config.json").is_file():  # it may have new tokens besides
@@ -213,14 +213,19 @@ def write(args, adapter, base, model, tokenizer, dtype, ids):
     return cast, reloaded
 
 
-def say_rounding(adapter):
+def say_rounding(adapter, model):
     """Say so where the run that made the adapter, or this checkpoint of it, rounded the base."""
     run = adapter.absolute()
     record = (run.parent if run.name.startswith("checkpoint-") else run) / "run_args.yaml"
-    text = record.read_text("utf-8") if record.is_file() else ""
-    if bits := [bits for bits in (4, 8) if f"load_in_{bits}bit: true" in text]:
-        rounding = f"trained on the base in {bits[0]} bit, whose rounding is gone now"
-        say("note", f"{rounding}: score it anew")
+    text, kinds = record.read_text("utf-8") if record.is_file() else "", {}
+    for name, dtype in {"bf16": "bfloat16", "fp16": "half"}.items():
+        if f"precision: {name}" in text:  # what does not change was published in as few bits
+            weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+            kinds[name] = any((getattr(w, dtype)().float() != w).any() for w in weights)
+    kinds |= {f"{bits} bit": f"load_in_{bits}bit: true" in text for bits in (8, 4)}
+    if coarse := [kind for kind, is_rounded in kinds.items() if is_rounded]:
+        why = f"trained on the base in {coarse[-1]}, whose rounding is gone now"
+        say("note", f"{why}: score it anew")
 
 
 # ---- Comparing ----

@@ -102,15 +102,23 @@ def check_arguments(script, training, given):
 
 
 def prepare_deepspeed(training):
-    """Read its checkpoints without running code from them; let ZeRO-3 compare and save tensors."""
+    """Settle what it keeps the weights in; read its checkpoints without running code from them."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters, Init
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     torch.serialization.add_safe_globals(known)
+    settings = training.hf_deepspeed_config.config
+    if autocast := settings.get("torch_autocast"):  # in fp32, as without DeepSpeed; bf16 rounds
+        autocast["enabled"], settings["bf16"] = training.bf16, {"enabled": False}
+    kept, kinds = torch.float32, {"bf16": torch.bfloat16, "fp16": torch.float16}
+    for name, dtype in kinds.items():
+        part = settings.setdefault(name, {"enabled": getattr(training, name)})  # as Trainer will
+        kept = dtype if part.get("enabled") else kept
+    training.kept_in = kept
     if is_deepspeed_zero3_enabled():
         option = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
         gathers = training.hf_deepspeed_config.get_value(option)
@@ -121,6 +129,8 @@ def prepare_deepspeed(training):
                 return torch.equal(one, other)
 
         modeling_utils._tied_params_are_equal = equal
+        # As from_pretrained is asked for: the base of an adapter may be in 16 bit.
+        Init.dtype = property(lambda _: torch.get_default_dtype(), lambda *_: None)
 
 
 def check_lora(script, training, given):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -153,7 +154,7 @@ class KeepRun(transformers.TrainerCallback):
         self.base = given["model_name_or_path"]
         self.keep = given.get("save_total_limit") or sys.maxsize
         weights, trained = run["total_parameters"], run["trainable_parameters"]
-        moments = (2 if "8bit" in args.optim else 8) + 4 * bool(args.deepspeed)
+        moments = (2 if "8bit" in args.optim else 8) + 8 * bool(args.deepspeed)
         if hasattr(trainer.model, "peft_config"):
             weights = trained
         self.save_bytes = 4 * weights + moments * trained
@@ -165,6 +166,10 @@ class KeepRun(transformers.TrainerCallback):
             self.record(given, run)
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "reason", "SIGTERM"))
         trainer.data_collator = Outlive(trainer.data_collator)
+        if args.deepspeed and args.bf16 and args.kept_in == torch.float32:
+            # DeepSpeed's own autocast leaves evaluations out.
+            autocast = partial(torch.autocast, args.device.type, torch.bfloat16)
+            trainer.compute_loss_context_manager = autocast
 
     def go_on(self, resume, given):
         """What Trainer does not take from a checkpoint; without the end, it takes a step more."""
@@ -182,8 +187,10 @@ class KeepRun(transformers.TrainerCallback):
 
     def record(self, given, run):
         """Write run_args.yaml: the arguments, the data, and what the run is done with."""
+        args = self.trainer.args
+        run["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
         run["versions"] = {n: str(sys.modules[n].__version__) for n in PACKAGES if n in sys.modules}
-        output_dir = Path(self.trainer.args.output_dir)
+        output_dir = Path(args.output_dir)
         new = output_dir / "run_args.yaml.new"  # a full disk must not spoil the old one
         text = yaml.safe_dump({**given, "run": run}, sort_keys=False, allow_unicode=True)
         new.write_text(text, "utf-8")

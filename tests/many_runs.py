@@ -2,7 +2,7 @@
 
 A list that starts with NAME.py is for that script instead. With OUTCOMES=FILE a run that ends with
 an error does not end the others; FILE gets one JSON line per run, and under DeepSpeed each output
-directory gets gathered.pt.
+directory gets start.pt and gathered.pt.
 
 With DS_ACCELERATOR=cpu, accelerate is told what it cannot find out without a GPU, so that DeepSpeed
 runs on CPU processes over gloo. The scripts themselves carry no trace of this.
@@ -18,6 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
+import transformers
 import transformers.modeling_utils
 
 if (
@@ -37,8 +38,8 @@ if (
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 
-def gather(trainer):
-    """What DeepSpeed has trained, {name: tensor}, from the optimizer's own fp32 copies if any.
+def gather(trainer, file="gathered.pt"):
+    """What DeepSpeed trains, {name: tensor}, from the optimizer's own fp32 copies if any.
 
     Not by the way in which Trainer saves: a fault there must show as a difference.
     """
@@ -54,16 +55,30 @@ def gather(trainer):
             whole = safe_get_full_fp32_param(parameter).clone()
         found[name] = whole
     if trainer.is_world_process_zero():
-        torch.save(found, Path(trainer.args.output_dir) / "gathered.pt")
+        torch.save(found, Path(trainer.args.output_dir) / file)
+
+
+class GatherFirst(transformers.TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, *more, **named):
+        gather(self.trainer, "start.pt")
 
 
 def gather_and_save(module):
+    def begin(script, trainer, *more):
+        module.began(script, trainer, *more)
+        if trainer.is_deepspeed_enabled:
+            trainer.add_callback(GatherFirst(trainer))
+
     def save_results(trainer, *more):
         if trainer.is_deepspeed_enabled:
             gather(trainer)
         module.save(trainer, *more)
 
-    return save_results
+    module.began, module.begin = module.begin, begin
+    module.save, module.save_results = module.save_results, save_results
 
 
 def run(script, arguments):
@@ -71,7 +86,7 @@ def run(script, arguments):
     sys.path.insert(0, str(script.parent))
     module = importlib.import_module(script.stem)
     if hasattr(module, "save_results") and not hasattr(module, "save"):
-        module.save, module.save_results = module.save_results, gather_and_save(module)
+        gather_and_save(module)
     # What a run under ZeRO-3 puts around it must not be around the next run's, too.
     library, errors = transformers.modeling_utils, io.StringIO()
     equal = library._tied_params_are_equal

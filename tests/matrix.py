@@ -129,9 +129,10 @@ def alone(folder, script, kind, more=(), steps=20):
 
 def together(folder, config, script, kind, more=(), steps=20):
     """Return (OUT, [the run to OUT/whole, the run to OUT/resumed that goes on from its middle])."""
-    out = folder / config / script / kind / "-".join(map(str, more))
+    out = folder / Path(config).stem / script / kind / "-".join(map(str, more))
     words = [script_path(script), *arguments(folder, script, kind, 2, steps), *more]
-    words += ["--deepspeed", ROOT / "deepspeed_configs" / f"{config}.json"]
+    file = ROOT / "deepspeed_configs" / f"{config}.json"
+    words += ["--deepspeed", config if isinstance(config, Path) else file]
     resume = ["--resume_from_checkpoint", out / "whole" / f"checkpoint-{steps // 2}"]
     return out, [
         [*words, "--output_dir", out / "whole"],
@@ -144,7 +145,7 @@ def logged(directory, name="loss"):
     return [entry[name] for entry in history if name in entry]
 
 
-def load(directory, dtype):
+def load(directory):
     """The result as generate_text.py loads it: a plain model, or an adapter on its base."""
     if not (directory / "adapter_config.json").is_file():
         model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
@@ -153,6 +154,7 @@ def load(directory, dtype):
     from peft import PeftModel
 
     given = yaml.safe_load((directory / "run_args.yaml").read_text())
+    dtype = torch.bfloat16 if given.get("precision") == "bf16" else torch.float32
     base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
     bits = {name: True for name in ("load_in_8bit", "load_in_4bit") if given.get(name)}
     if bits:
@@ -199,19 +201,20 @@ def compare(out, reference=None, tolerance=1e-3):
     is_good = {name: t.numel() and t.isfinite().all() for name, t in saved.items()}
     if empty := [name for name, good in is_good.items() if not good]:
         wrong.append(f"empty or not finite: {empty[:3]}")
-    dtypes = {tensor.dtype for tensor in saved.values()}
-    dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
-    model, trained = load(whole, dtype), torch.load(whole / "gathered.pt")
+    model, trained = load(whole), torch.load(whole / "gathered.pt")
     loaded, unequal = dict(model.named_parameters()), []
     if missing := sorted(trained.keys() ^ loaded.keys()):
         return f"not in both model and result: {missing[:3]}"
     for name, tensor in trained.items():
-        same = [t.to(dtype) if t.is_floating_point() else t for t in (tensor, loaded[name])]
+        # PEFT reads a head of fp32 into one of 16 bit where the base is.
+        least = loaded[name].dtype if tensor.dtype != torch.bfloat16 else torch.bfloat16
+        same = [t.to(least) if t.is_floating_point() else t for t in (tensor, loaded[name])]
         unequal += [] if torch.equal(*same) else [name]
     if unequal:
         wrong.append(f"saved otherwise than trained: {sorted(unequal)[:3]}")
     apart = differ([mean_loss(model, whole)], logged(whole, "eval_loss")[-1:])
-    if apart > (tolerance / 10 if dtype == torch.float32 else 1e-3):
+    is_exact = "precision: bf16" not in (whole / "run_args.yaml").read_text()
+    if apart > (tolerance / 10 if is_exact else 1e-3):
         wrong.append(f"without DeepSpeed the loss differs by {apart:.1e}")
     if (out / "resumed").is_dir():
         apart = differ(logged(out / "resumed"), logged(whole))

@@ -28,6 +28,8 @@ BF16 = ["--precision", "bf16"]
 # So high a rate spoils the model: an early checkpoint stays the best.
 STOP = ["--early_stopping_patience", "2", "--save_steps", "1", "--learning_rate", "0.3"]
 CASES = {
+    **{f"as without, {name}": (name, FULL, "llama", BF16) for name in matrix.CONFIGS},
+    "own file, in bf16": ("own", FULL, "llama", BF16),
     "stage 1": ("zero1", FULL, "falcon", BF16),
     "stage 2": ("zero2", LORA, "mpt", []),
     "untied": ("zero3", LAST, "gpt2", ["--train", "last_block", *BF16]),
@@ -65,8 +67,12 @@ def runs(tmp_path_factory):
     weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"].flip(0).contiguous()
     save_file(weights, own / "model.safetensors", {"format": "pt"})
     other = write_jsonl(folder / "other.jsonl", [{"prompt": "甲", "completion": "乙丙丁"}])
+    own = json.loads((ROOT / "deepspeed_configs" / "zero2.json").read_text())
+    own["bf16"] = own.pop("torch_autocast") and {"enabled": "auto"}
+    (folder / "own.json").write_text(json.dumps(own))
     cases, words = {}, []
     for name, (config, script, kind, more) in CASES.items():
+        config = folder / "own.json" if config == "own" else config
         more = [*more, "--validation_file", other] if more is STOP else more
         out, (whole, resumed) = matrix.together(folder, config, script, kind, more, STEPS)
         first = len(words)
@@ -78,9 +84,9 @@ def runs(tmp_path_factory):
     _, ((_, *inside), _) = matrix.together(folder, "zero3", FULL, "llama", [], 2)
     words.append([ROOT / "tests" / "model_inside.py", *inside])  # the last, since it never ends
     errors = matrix.launch(words, folder / "launch")
-    for case in cases.values():
-        case.errors = errors[case.places]
     log = (folder / "launch" / "log.txt").read_text()
+    for case in cases.values():
+        case.errors, case.log = errors[case.places], log
     cases["inside"] = SimpleNamespace(error=errors[-1], log=log)
     cases["malicious"] = SimpleNamespace(error=errors[-2], checkpoint=Path(resumed[-1]))
     return cases
@@ -107,10 +113,48 @@ def saved(directory):
     return load_file(next(directory.glob("*model.safetensors")))
 
 
-def test_what_is_saved_under_bf16_is_bf16(runs):
-    for name in (name for name, case in CASES.items() if "bf16" in case[3]):
+def test_what_is_trained_is_kept_and_saved_in_fp32(runs):
+    for name in (name for name in CASES if name != "own file, in bf16"):
         dtypes = {tensor.dtype for tensor in saved(runs[name].out / "whole").values()}
-        assert dtypes == {torch.bfloat16}
+        assert dtypes == {torch.float32}, name
+
+
+@pytest.mark.parametrize("config", matrix.CONFIGS)
+def test_weights_bit_by_bit(config, runs):
+    """At the start the file's, unrounded; what is saved is what is trained, as without DeepSpeed.
+
+    One process that adds up two batches does what two processes do, to the last bit. ZeRO-3 adds
+    up in another order.
+    """
+    case = runs[f"as without, {config}"]
+    whole, trained = case.out / "whole", torch.load(case.out / "whole" / "gathered.pt")
+    file, start = saved(case.folder / "models" / "llama"), torch.load(whole / "start.pt")
+    assert not equal(file, {name: t.bfloat16().float() for name, t in file.items()})
+    assert equal(start, file) and equal(saved(whole), trained) and not equal(trained, file)
+    more = [*BF16, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    alone = matrix.alone(case.folder, FULL, "llama", more, STEPS)
+    for name in ("loss", "eval_loss"):
+        assert matrix.differ(matrix.logged(whole, name), matrix.logged(alone, name)) < 1e-6
+    if "zero3" in config:
+        assert all((t - trained[name]).abs().max() < 1e-4 for name, t in saved(alone).items())
+    else:
+        assert equal(saved(alone), trained)
+
+
+def equal(one, other):
+    """Whether these are the same tensors, bit by bit; a tied head may stand there twice."""
+    names = one.keys() & other.keys()
+    assert one.keys() ^ other.keys() <= {"lm_head.weight"}
+    return all(one[n].dtype == other[n].dtype and torch.equal(one[n], other[n]) for n in names)
+
+
+def test_a_file_of_ones_own_may_keep_bf16(runs):
+    """It starts rounded and saves rounded; the banner says so, and loads no more than that."""
+    case = runs["own file, in bf16"]
+    file, whole = saved(case.folder / "models" / "llama"), case.out / "whole"
+    assert equal(torch.load(whole / "start.pt"), {n: t.bfloat16().float() for n, t in file.items()})
+    assert {tensor.dtype for tensor in saved(whole).values()} == {torch.bfloat16}
+    assert "(100.00%) in bfloat16" in case.log and "(100.00%) in float32" in case.log
 
 
 def test_a_head_is_saved_with_the_adapter(runs):
@@ -118,6 +162,9 @@ def test_a_head_is_saved_with_the_adapter(runs):
         found = saved(runs[name].out / "whole")
         heads = [tensor for key, tensor in found.items() if "lm_head" in key]
         assert [head.shape for head in heads] == [(300, 32)]
+        trained = torch.load(runs[name].out / "whole" / "gathered.pt")
+        (wanted,) = (t for key, t in trained.items() if "lm_head.modules_to_save" in key)
+        assert torch.equal(heads[0], wanted)
         assert (len(found) == 1) == (name == "last layer on 8 bit")
 
 

@@ -101,7 +101,16 @@ def test_two_processes_count_every_row_once(script, checkpoints, tmp_path):
             cases[kind, tmp_path / f"{kind}{accumulation}"] = more
     runs = [["--model_name_or_path", checkpoints[kind], "--train_file", train_file, "--output_dir", out,
              "--save_strategy", "no", *more] for (kind, out), more in cases.items()]  # fmt: skip
+    # Gradients in the buckets that are sent, and beside them: accumulated, clipped, and resumed.
+    words = ["--model_name_or_path", checkpoints["llama"], "--train_file", train_file, "--max_steps",
+             4, "--save_steps", 2, "--per_device_train_batch_size", 1, "--max_grad_norm", 0.1,
+             "--gradient_accumulation_steps", 2, "--learning_rate", 0.01, "--output_dir"]  # fmt: skip
+    once, twice, resumed = (tmp_path / name for name in ("once", "twice", "resumed"))
+    runs += [[*words, once], [ROOT / "tests" / "copied_inside.py", *words, twice]]
+    runs += [[*words, resumed, "--resume_from_checkpoint", once / "checkpoint-2"]]
     assert "device     2 x CPU" in launch(runs, tmp_path).stdout
+    assert same_weights(once, twice) and same_weights(once, resumed)
+    assert not same_weights(once, once / "checkpoint-2", 1e-3)
     for kind, out in cases:
         expected = expected_loss(checkpoints[kind], ROWS)
         assert results(out)["train_loss"] == pytest.approx(expected, abs=1e-4), out

@@ -228,6 +228,28 @@ def test_an_adapter_of_a_quantised_base(merge, trained, tmp_path, capsys):
         assert largest(logits(load(out)), logits(by_hand(trained[0], adapter))) < 1e-5
 
 
+PUBLISHED = [("fp32", "bf16", True), ("fp32", "fp16", True), ("fp16", "bf16", True),
+             ("bf16", "bf16", False)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("published", "precision", "is_rounded"), PUBLISHED)
+def test_an_adapter_of_a_rounded_base(
+    published, precision, is_rounded, merge, trained, tmp_path, capsys
+):
+    """Published in more bits than were computed in: that is said; as many, and nothing is said."""
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[published]
+    load(trained[0], dtype=dtype).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(trained[0]).save_pretrained(tmp_path / "base")
+    shutil.copytree(trained[1], tmp_path / "adapter")
+    record = f"output_dir: o\nrun:\n  id: 1\n  precision: {precision}\n"
+    (tmp_path / "adapter" / "run_args.yaml").write_text(record)
+    places = {"adapter_name_or_path": "adapter", "base_model_name_or_path": "base"}
+    places = {name: tmp_path / place for name, place in {**places, "output_dir": "out"}.items()}
+    call(merge, **places)
+    text = f"trained on the base in {precision}, whose rounding is gone now"
+    assert (text in capsys.readouterr().out) == is_rounded
+
+
 @pytest.fixture(scope="module")
 def trained(checkpoints, tmp_path_factory):
     """(base, adapter on it with a tokenizer and generation settings)."""
