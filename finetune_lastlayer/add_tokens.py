@@ -137,7 +137,7 @@ def parse(argv):
     return args
 
 
-# Copied from finetune_full/finetune_full.py
+# Copied from generate_text/generate_text.py
 def auto_class(config):
     """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
     import transformers

@@ -30,7 +30,7 @@ import torch
 import transformers
 from datasets import Dataset, Features, List, Value
 from pyarrow.parquet import ParquetFile
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_count
@@ -282,8 +282,8 @@ def load_model(script, training, tokenizer, resume):
 
 def choose_parameters(model, train):
     """The names of the parameters that --train means; a tied head counts under both its names."""
-    names, beside = model.named_parameters(remove_duplicate=False), {*beside_text(model)}
-    names = [name for name, _ in names if name not in beside]
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = [name for name, parameter in parameters if parameter.requires_grad]
     modules = {module: name for name, module in model.named_modules()}
     head = modules[model.get_output_embeddings()]
     embedding = modules[model.get_input_embeddings()]
@@ -352,12 +352,14 @@ def train_rows(model, rows):
 
 def check_part(script, training):
     """Refuse a --train that means nothing, before data and weights are loaded."""
-    if is_deepspeed_zero3_enabled():
+    if not keep_run or is_deepspeed_zero3_enabled():
         return  # the twin below would be spread over the GPUs; load_model finds the same errors
     remote = {"trust_remote_code": script.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(script.model_name_or_path, **remote)
     with torch.device("meta"):
-        twin = auto_class(config).from_config(config, **remote)
+        load = keep_run.prepare(config, script.model_name_or_path, {})
+        twin = load.from_config(config, **remote)
+    keep_run.freeze_beside_text(twin)
     is_high = {*choose_parameters(twin, script.train)} <= {*choose_parameters(twin, "last_block")}
     in_vain = training.activation_checkpointing and is_high
     check(not in_vain, "--activation_checkpointing true only costs time: nothing below is trained.")
@@ -652,23 +654,19 @@ def exact_tokenizer(name, rows, say, grown=False, **remote):
 def read_model(script, tokenizer, source, **options):
     """The model, frozen where text does not pass; refused if weights are missing."""
     remote = {"trust_remote_code": script.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(source, **remote)
-    if keep_run:  # weights that are published quantised are unpacked
-        keep_run.unpack(config, source, options)
+    config, load = transformers.AutoConfig.from_pretrained(source, **remote), AutoModelForCausalLM
+    if keep_run:  # a model that sees, too, and weights that are published quantised
+        load = keep_run.prepare(config, source, options)
+    is_plain = config.get_text_config() is config
+    check(keep_run or is_plain, "a model that sees needs `jobs` beside this script's directory.")
     options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
-    model, info = auto_class(config).from_pretrained(source, config=config, **options, **remote)
+    model, info = load.from_pretrained(source, config=config, **options, **remote)
     missing = sorted(info["missing_keys"])[:3]
     check(not missing, f"{source} lacks weights: {missing} would be random.")
-    if hasattr(config, "quantization_config"):
-        model._weight_conversions = None  # it saves them packed again, or by other names
+    if keep_run and (parts := keep_run.freeze_beside_text(model)):
+        say("frozen", f"{', '.join(parts)}: text does not pass there")
     model.loss_type = "ForCausalLM"  # gpt2 names none and divides by a wrong number of tokens
     model.accepts_loss_kwargs = True  # the number of tokens, which composites seem to refuse
-    beside = beside_text(model)
-    for weight in beside:
-        model.get_parameter(weight).requires_grad = False
-    if beside:
-        parts = {weight.removeprefix("model.").split(".")[0] for weight in beside}
-        say("frozen", f"{', '.join(sorted(parts))}: text does not pass there")
     ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
     model.generation_config.eos_token_id = sorted(ends)
     try:
@@ -676,21 +674,6 @@ def read_model(script, tokenizer, source, **options):
     except ValueError:  # a temperature or the like without do_sample: nothing could be saved
         model.generation_config.do_sample = True
     return model
-
-
-def auto_class(config):
-    """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
-    import transformers
-
-    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
-
-
-def beside_text(model):
-    """The names of the parameters that text does not pass: of image and audio towers."""
-    ends = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
-    text = {weight for end in ends for weight in end.parameters()}
-    return [name for name, weight in model.named_parameters() if weight not in text]
 
 
 def peak_memory(of=torch.cuda.max_memory_allocated):

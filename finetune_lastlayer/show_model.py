@@ -29,10 +29,13 @@ def main(argv=None):
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    model = load_outline(args)
+    model, layers = load_outline(args), load_layers()
+    if layers:  # what text does not pass is not trained
+        layers.freeze_beside_text(model)
+    check(layers or not args.method, "--method lora needs `jobs` beside this script's directory.")
     chosen = choose_parameters(model, args.train) if args.train else []
     if args.method == "lora":
-        layers, names = load_layers(), {name for name, _ in model.named_modules()}
+        names = {name for name, _ in model.named_modules()}
         targets = layers.fitting(model)
         chosen = [f"{name}.weight" if name in names else name for name in targets]
     head = untie(model, chosen if args.train else [])
@@ -57,12 +60,12 @@ def main(argv=None):
 
 
 def load_layers():
-    """What finetune_lora.py knows of layers, in ../jobs."""
+    """What the training scripts know of layers, in ../jobs; None where that is not there."""
     sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
     try:
         import model_layers
     except ModuleNotFoundError:
-        fail("--method lora needs the directory `jobs` beside the one of this script.")
+        return None
     return model_layers
 
 
@@ -144,7 +147,7 @@ def print_table(rows):
         print("  ".join([*words, row[7].rjust(7)]).rstrip())
 
 
-# Copied from finetune_full/finetune_full.py
+# Copied from generate_text/generate_text.py
 def auto_class(config):
     """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
     import transformers
@@ -153,19 +156,11 @@ def auto_class(config):
     return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
-# Copied from finetune_full/finetune_full.py
-def beside_text(model):
-    """The names of the parameters that text does not pass: of image and audio towers."""
-    ends = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
-    text = {weight for end in ends for weight in end.parameters()}
-    return [name for name, weight in model.named_parameters() if weight not in text]
-
-
 # Copied from finetune_lastlayer/finetune_lastlayer.py
 def choose_parameters(model, train):
     """The names of the parameters that --train means; a tied head counts under both its names."""
-    names, beside = model.named_parameters(remove_duplicate=False), {*beside_text(model)}
-    names = [name for name, _ in names if name not in beside]
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = [name for name, parameter in parameters if parameter.requires_grad]
     modules = {module: name for name, module in model.named_modules()}
     head = modules[model.get_output_embeddings()]
     embedding = modules[model.get_input_embeddings()]

@@ -107,7 +107,7 @@ def find_base(args, adapter):
     return base, (auto if args.dtype == "auto" else args.dtype)
 
 
-# Copied from finetune_full/finetune_full.py
+# Copied from generate_text/generate_text.py
 def auto_class(config):
     """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
     import transformers

@@ -225,7 +225,6 @@ def load_model(args, precision, tokenizer):
     return add_adapter(args, model, len(tokenizer)) if args.recorded else model
 
 
-# Copied from finetune_full/finetune_full.py
 def auto_class(config):
     """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
     import transformers

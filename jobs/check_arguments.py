@@ -163,20 +163,6 @@ def check_lastlayer(script, training):
     check(exact or not has_rows, "new tokens need --weight_decay 0 and --optim adamw_torch_fused.")
 
 
-def unpack(config, path, options):
-    """Let weights that are published quantised be unpacked; refused where that is not possible.
-
-    `options` are those of from_pretrained: what rounds to 8 or 4 bit takes no packed weights.
-    """
-    if stored := getattr(config, "quantization_config", None):
-        kind, rounds = stored.get("quant_method"), "quantization_config" in options
-        remedy = "Leave --load_in_... out." if rounds else "Fetch it in bf16 or fp16."
-        is_good = kind in ("mxfp4", "fp8", "mxfp8", "compressed-tensors") and not rounds
-        check(is_good, f"{path} is published in {kind}, which cannot be trained so. {remedy}")
-        say("unpacked", f"the weights are published in {kind}; what is saved is not")
-        stored["dequantize"] = True
-
-
 def check_tokens(names, tokenizer, examples):
     """Refuse new tokens that the tokenizer does not have, or that nothing would teach."""
     seen = {token for ids in examples["input_ids"] for token in ids} if names else ()

@@ -1,16 +1,14 @@
 """Keep a training run: it goes on where it was cut off, stops in time, and harms no file of yours.
 
-The training scripts import this file where `jobs` lies beside their directory. find_run() comes
-before loading, KeepRun is a callback. A run is its run_args.yaml: an id, the arguments, the data.
+The training scripts import this file where `jobs` lies beside their directory, and with it what
+they use of its neighbours. KeepRun is a callback of the Trainer.
 """
 
-import hashlib
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -26,16 +24,14 @@ from check_arguments import (  # noqa: F401 -- for the scripts
     check_tokens,
     read_words,
     refuse,
-    unpack,
 )
-from run_common import check, fail, read_deadline, say
+from find_run import find_run  # noqa: F401
+from model_layers import freeze_beside_text, prepare  # noqa: F401
+from run_common import check, fail
 from run_files import (
-    check_lock,
     find_checkpoints,
-    find_complete,
     read_mark,
     remove,
-    take_lock,
     what_lacks,
     write_mark,
 )
@@ -44,106 +40,6 @@ from transformers.utils import cached_file
 PACKAGES = "torch transformers tokenizers datasets accelerate peft deepspeed bitsandbytes".split()
 IMAGES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 FULL = ("No space left", "Disk quota exceeded", "inline_container")  # the last is torch.save's
-# Arguments that change no weight, by their beginnings; some only where no evaluation matters.
-LED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
-FREE = ("output_dir", "resume_from", "ddp_timeout", "log", "report_to", "run_name", "dataloader_")
-FREE_WITHOUT_BEST = ("eval_", "save_", "per_device_eval", "validation")
-
-
-def find_run(script, training, given, source):
-    """Return (checkpoint to go on from or None, record of this run); ends if it is finished.
-
-    `given` are the arguments that are not the default, `source` is the training script's file. The
-    first process of a node looks first, and takes the lock.
-    """
-    training.deadline = read_deadline()
-    with training.main_process_first(local=False):
-        return _find_run(script, training, given, source)
-
-
-def _find_run(script, training, given, source):
-    output_dir, wanted = Path(training.output_dir), str(training.resume_from_checkpoint or "true")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    check(os.access(output_dir, os.W_OK), f"--output_dir {output_dir} cannot be written.")
-    advice = f"Choose another --output_dir than {output_dir}, or move what it holds."
-    data, is_finished = describe(script, source), (output_dir / "all_results.json").is_file()
-    is_first, lock = training.process_index == 0, output_dir / "lock"
-    if is_first:
-        check_lock(lock)
-    run_id, changed = what_changed(output_dir, training, given, data)
-    others = [] if run_id else ["config.json", "adapter_config.json"]
-    others = [name for name in others if (output_dir / name).exists()]
-    complete, resume = find_complete(output_dir, run_id if is_first else None), None
-    if wanted.lower() not in ("true", "false"):  # named: it may be another run's
-        resume, complete = Path(wanted), []
-        check(not what_lacks(resume), f"{resume} is no complete checkpoint: {what_lacks(resume)}.")
-        is_same = not run_id or resume.resolve().parent == output_dir.resolve()
-        check(is_same, f"it holds another run than the checkpoint's. {advice}")
-        changed = what_changed(resume.parent, training, given, data)[1]
-        changed += what_is_lost(resume, training)
-        say("not exact" if changed else "exact", "; ".join(changed) or "the same run")
-    elif is_finished or complete:
-        if wanted.lower() == "false":
-            changed.append("a new start")
-        check(not changed, f"it holds another run ({'; '.join(changed)}). {advice}")
-        if is_finished:
-            say("finished", f"{output_dir} holds this run's result")
-            raise SystemExit(0)
-        resume = complete[-1]
-        lost = what_is_lost(resume, training)
-        check(not lost, f"{resume} cannot be continued exactly: {', '.join(lost)}. {advice}")
-        training.restore_callback_states_from_checkpoint = True  # early stopping counts on
-    run_id = run_id if resume or not changed else None
-    run = {"id": run_id or os.urandom(4).hex(), "data": data}
-    ours = [*complete, *find_checkpoints(output_dir, run["id"])]
-    others += [path.name for path in find_checkpoints(output_dir) if path not in ours]
-    check(not others, f"{', '.join(others)} would be overwritten. {advice}")
-    if is_first:
-        take_lock(lock)
-    git = "git describe --always --abbrev=40 --dirty --exclude '*'"  # no tags: the commit
-    here = Path(source).resolve().parent
-    done = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
-    run |= {"hostname": os.uname().nodename, "git_commit": done.stdout.strip() or None}
-    return resume and str(resume), run
-
-
-def describe(script, source):
-    """Use, name, size and sha256 of the data files, the chat template and the training script."""
-    uses = [("train", file) for file in script.train_file or []]
-    uses += [("validation", file) for file in script.validation_file or []]
-    uses += [("template", file) for file in [script.chat_template or ""] if Path(file).is_file()]
-    described = []
-    for use, file in [*uses, ("script", source)]:
-        with Path(file).open("rb") as stream:
-            digest, size = hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
-        name = Path(file).name if use == "script" else file  # a copy elsewhere is the same
-        described.append({"use": use, "file": name, "bytes": size, "sha256": digest})
-    return described
-
-
-def what_changed(directory, training, given, data):
-    """Return (id of the run on record in a directory, what differs that may change a weight)."""
-    record = Path(directory, "run_args.yaml")
-    before = (yaml.safe_load(record.read_text("utf-8")) if record.is_file() else None) or {}
-    run = before.pop("run", None) or {}
-    needs = training.load_best_model_at_end or training.lr_scheduler_type in LED_BY_EVALUATION
-    free = FREE if needs else FREE + FREE_WITHOUT_BEST
-    names = sorted(name for name in {*before, *given} if not name.startswith(free))
-    pairs = [(name, before.get(name), given.get(name)) for name in names]
-    changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
-    was = run.get("data", data)
-    was, now = ([f for f in d if not f.get("use", "").startswith(free)] for d in (was, data))
-    if was != now:
-        changed.append("other data, chat template or another script")
-    return run.get("id"), changed
-
-
-def what_is_lost(checkpoint, training):
-    """Why training cannot go on from a checkpoint as if it had not stopped, as a list."""
-    ranks = len([*checkpoint.glob("rng_state*.pth")])
-    lost = [f"written by {ranks} processes"] if ranks != training.world_size else []
-    parts = ["scheduler.pt", "latest" if training.deepspeed else "optimizer.pt"]
-    return lost + [f"{part} is not there" for part in parts if not (checkpoint / part).is_file()]
 
 
 class KeepRun(transformers.TrainerCallback):

@@ -1,6 +1,5 @@
-"""The matrices in a model's layers: how large they are, and which an adapter can stand beside.
-
-finetune_lora.py imports this file where `jobs` lies beside its directory.
+"""What a model consists of: the matrices in its layers, and what adapters can stand beside; what it
+sees with, and weights that are published quantised.
 """
 
 import inspect
@@ -10,7 +9,7 @@ from functools import cache
 
 import torch
 import transformers
-from run_common import check
+from run_common import check, say
 
 
 def weigh_layers(model):
@@ -75,9 +74,45 @@ def ends_of(names):
     return ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}))
 
 
-# Copied from finetune_full/finetune_full.py
+# ---- Models that see, and weights that are published quantised ----
+
+
+def prepare(config, path, options):
+    """Return the class to load by; weights that are published quantised are to be unpacked.
+
+    A model that sees keeps what it sees with. `options` are those of from_pretrained.
+    """
+    if stored := getattr(config, "quantization_config", None):
+        kind, rounds = stored.get("quant_method"), "quantization_config" in options
+        remedy = "Leave --load_in_... out." if rounds else "Fetch it in bf16 or fp16."
+        is_good = kind in ("mxfp4", "fp8", "mxfp8", "compressed-tensors") and not rounds
+        check(is_good, f"{path} is published in {kind}, which cannot be trained so. {remedy}")
+        say("unpacked", f"the weights are published in {kind}; what is saved is not")
+        stored["dequantize"] = True
+    return auto_class(config)
+
+
+# Copied from generate_text/generate_text.py
+def auto_class(config):
+    """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
+    import transformers
+
+    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+
+
+def freeze_beside_text(model):
+    """Freeze what text does not pass: image and audio towers; return the names of these parts."""
+    names = beside_text(model)
+    for name in names:
+        model.get_parameter(name).requires_grad = False
+    if hasattr(model.config, "quantization_config"):
+        model._weight_conversions = None  # it saves them packed again, or by other names
+    return sorted({name.removeprefix("model.").split(".")[0] for name in names})
+
+
 def beside_text(model):
-    """The names of the parameters that text does not pass: of image and audio towers."""
+    """The names of the parameters that text does not pass."""
     ends = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
     text = {weight for end in ends for weight in end.parameters()}
     return [name for name, weight in model.named_parameters() if weight not in text]
