@@ -657,7 +657,7 @@ def read_model(script, tokenizer, source, **options):
     config, load = transformers.AutoConfig.from_pretrained(source, **remote), AutoModelForCausalLM
     if keep_run:  # a model that sees, too, and weights that are published quantised
         load = keep_run.prepare(config, source, options)
-    is_plain = config.get_text_config() is config
+    is_plain, packed = config.get_text_config() is config, hasattr(config, "quantization_config")
     check(keep_run or is_plain, "a model that sees needs `jobs` beside this script's directory.")
     options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
     model, info = load.from_pretrained(source, config=config, **options, **remote)
@@ -665,6 +665,8 @@ def read_model(script, tokenizer, source, **options):
     check(not missing, f"{source} lacks weights: {missing} would be random.")
     if keep_run and (parts := keep_run.freeze_beside_text(model)):
         say("frozen", f"{', '.join(parts)}: text does not pass there")
+    if packed:
+        model._weight_conversions = None  # it would be saved packed again, or by other names
     model.loss_type = "ForCausalLM"  # gpt2 names none and divides by a wrong number of tokens
     model.accepts_loss_kwargs = True  # the number of tokens, which composites seem to refuse
     ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}

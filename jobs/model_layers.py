@@ -106,8 +106,6 @@ def freeze_beside_text(model):
     names = beside_text(model)
     for name in names:
         model.get_parameter(name).requires_grad = False
-    if hasattr(model.config, "quantization_config"):
-        model._weight_conversions = None  # it saves them packed again, or by other names
     return sorted({name.removeprefix("model.").split(".")[0] for name in names})
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import find_run
 import keep_run
 import pytest
 import run_files
@@ -236,13 +237,13 @@ def test_only_the_first_rank_sets_aside_and_only_this_run_s(script, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run_id").write_text(mark)
     for run_id in (None, "other"):  # another rank, or no record; another run
-        assert keep_run.find_complete(tmp_path, run_id) == []
+        assert run_files.find_complete(tmp_path, run_id) == []
         assert (tmp_path / "checkpoint-1").is_dir()
         assert (tmp_path / "checkpoint-2").is_dir() or run_id
         (tmp_path / "checkpoint-2.incomplete").exists() and shutil.move(
             tmp_path / "checkpoint-2.incomplete", tmp_path / "checkpoint-2"
         )
-    keep_run.find_complete(tmp_path, "ours")
+    run_files.find_complete(tmp_path, "ours")
     assert (tmp_path / "checkpoint-1.incomplete").is_dir()
 
 
@@ -426,7 +427,7 @@ def test_two_runs_in_one_directory(script, words, tmp_path, monkeypatch, capsys)
     lock.write_text("")  # of a crash
     assert "is writing" in refused_plainly(script, capsys, *words)
     with monkeypatch.context() as patch:  # of two that looked at the same moment
-        patch.setattr(keep_run, "check_lock", lambda path: None)
+        patch.setattr(find_run, "check_lock", lambda path: None)
         assert "exists" in refused_plainly(script, capsys, *words)
     assert lock.exists()
 
