@@ -355,7 +355,7 @@ def answer_file(args, model, tokenizer, rows, prompts):
     answers = keep_answers.read_answers(args) if keep_answers else {}
     places = {i: place for place, i in enumerate(order)}
     before, began, last, slowest, tokens, cut = len(answers), time.time(), 0, 0, 0, 0
-    if args.batch_size > 1 and not pads_well(model, min(prompts, key=len)[:16]):
+    if args.batch_size > 1 and not pads_well(model, min(prompts, key=len)[:8]):
         args.batch_size = 1
         note("batch", "prompts are answered one by one: this model is not exact on padded ones")
     for batch in batches(args, order, prompts)[args.rank :: args.ranks]:

@@ -95,7 +95,12 @@ def models(tmp_path_factory):
 
 
 def load_tokenizer(script, model, chat_template):
-    arguments = {"chat_template": chat_template, "max_length": None, "trust_remote_code": False}
+    arguments = {
+        "chat_template": chat_template,
+        "max_length": None,
+        "trust_remote_code": False,
+        "chat_template_kwargs": "{}",
+    }
     found = script.load_tokenizer(SimpleNamespace(model_name_or_path=str(model), **arguments))
     return found[0]
 
@@ -132,7 +137,7 @@ def test_same_ids_as_before(name, bos, script, models, tmp_path):
                 ids += new
                 labels += new if learned else [-100] * len(new)
             messages = [{"role": role, "content": text} for role, text in conversation]
-            pieces = script.chat_pieces(messages=messages, tokenizer=tokenizer)
+            (pieces,) = script.chat_pieces(messages=messages, tokenizer=tokenizer)
             assert script.encode(pieces=pieces, tokenizer=tokenizer) == (ids, labels)
             # The prompt of the first answer, as generation asks for it.
             prompt = messages[: 1 + (messages[0]["role"] == "system")]

@@ -704,8 +704,8 @@ def test_bad_models(script, checkpoints, train_file, tmp_path, capsys):
         assert message in refused(script, capsys, base)
 
 
-def test_template_that_rewrites_turns_is_refused(script, checkpoints, tmp_path, capsys):
-    """Like Qwen3's, which drops the reasoning of earlier turns."""
+def test_template_that_rewrites_turns(script, checkpoints, tmp_path, capsys):
+    """Like Qwen3's, which drops the reasoning of earlier turns: each answer makes an example."""
     model = tmp_path / "m"
     shutil.copytree(checkpoints["llama"], model)
     tokenizer = make_tokenizer()
@@ -727,8 +727,16 @@ def test_template_that_rewrites_turns_is_refused(script, checkpoints, tmp_path, 
         [str(word) for word in [*base, write_jsonl(tmp_path / "one.jsonl", [{"messages": turns}])]]
     )
     two = write_jsonl(tmp_path / "two.jsonl", [{"messages": turns * 2}])
-    assert "rewrites earlier turns" in refused(
-        script, capsys, [*base, two, "--output_dir", tmp_path / "o2"]
+    script.main([str(word) for word in [*base, two, "--output_dir", tmp_path / "o2"]])
+    out = capsys.readouterr().out
+    assert "1 examples" in out and "2 examples" in out
+    examples = [*script.make_examples([two], AutoTokenizer.from_pretrained(model), 999)]
+    learned = [[i for i in example["labels"] if i != -100] for example in examples]
+    assert [tokenizer.decode(ids) for ids in learned] == ["(think)b<|endoftext|>"] * 2
+    later = "<s>user:a<|endoftext|>assistant:b<|endoftext|>user:a<|endoftext|>assistant:(think)b"
+    assert tokenizer.decode(examples[1]["input_ids"]) in (
+        f"{later}<|endoftext|>",
+        f"{later[3:]}<|endoftext|>",
     )
 
 

@@ -137,7 +137,7 @@ def test_prompt_has_the_ids_it_had_in_training(tmp_path, bos, template, chosen):
         {"messages": CONVERSATION},
     ]
     for row in rows:
-        form, pieces = finetune.format_row(row, trained)
+        form, (pieces,) = finetune.format_row(row, trained)
         while pieces[-1][1]:  # the answer, and what ends it
             pieces.pop()
         wanted, _ = finetune.encode(pieces, trained)
@@ -306,6 +306,7 @@ def test_longest_first(tmp_path, monkeypatch):
         return [{"generated_text": str(len(prompt))} for prompt in batch], 1, 0
 
     monkeypatch.setattr(script, "generate", answer)
+    monkeypatch.setattr(script, "pads_well", lambda *given: True)
     script.answer_file(args, None, None, [{"id": i} for i in range(7)], prompts)
     assert asked == [(0, [8]), (1, [8]), (2, [7]), (3, [5, 4]), (5, [3, 2])]
     found = [(row["id"], row["generated_text"]) for row in read_jsonl(tmp_path / "out")]
