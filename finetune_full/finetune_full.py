@@ -249,7 +249,8 @@ def load_model(script, training, tokenizer, resume):
     """The model with fp32 weights: in 16 bit, which autocast computes in, most updates get lost."""
     source = resume or script.model_name_or_path
     kept_in = getattr(training, "kept_in", torch.float32)  # 16 bit for some of DeepSpeed's files
-    return read_model(script, tokenizer, source, dtype=kept_in)
+    model = read_model(script, tokenizer, source, dtype=kept_in)
+    return model  # what is trained: all of it
 
 
 # ---- 4. Training ----

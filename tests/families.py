@@ -154,6 +154,9 @@ def full(kind, model, folder):
     found, wanted = grid.train_loss(out), grid.token_mean(net, grid.tokens(out))
     if abs(found - wanted) > 1e-4:
         return f"loss {found} instead of {wanted}"
+    trained = json.loads((out / "all_results.json").read_text())["trainable_parameters"]
+    if trained != sum(w.numel() for n, w in net.named_parameters() if n not in towers):
+        return f"{trained} parameters are trained"
     out, error = grid.train("full", model, folder / "moved")
     if error:
         return error
