@@ -250,7 +250,7 @@ def load_model(script, training, tokenizer, resume):
     source = resume or script.model_name_or_path
     kept_in = getattr(training, "kept_in", torch.float32)  # 16 bit for some of DeepSpeed's files
     model = read_model(script, tokenizer, source, dtype=kept_in)
-    return model  # what is trained: all of it
+    return model  # noqa: RET504 -- here is the place to choose what is trained
 
 
 # ---- 4. Training ----

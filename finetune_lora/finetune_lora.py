@@ -298,9 +298,15 @@ def add_adapter(script, training, tokenizer, model):
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
+    whole = find_modules(model, script, "modules_to_save")
     targets = find_modules(model, script, "lora_target_modules")
-    experts = sorted(dict(model.named_parameters()).keys() & targets)
-    modules = [name for name in targets if name not in experts]
+    inside = tuple(f"{name}." for name in whole)
+    targets = [name for name in targets if not f"{name}.".startswith(inside)]
+    is_good = targets or script.lora_target_modules == ["none"]
+    check(is_good, "--modules_to_save holds all that --lora_target_modules names.")
+    modules, experts, weights = targets, [], []
+    if model_layers:
+        modules, experts, weights = model_layers.split(model, targets)
     # A file may hold a head of its own in spite of its configuration, as Falcon's does.
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     model.config.tie_word_embeddings = head.weight is embedding.weight
@@ -308,7 +314,7 @@ def add_adapter(script, training, tokenizer, model):
     ends = [name for name, module in model.named_modules() if module in ends]
     rows = [tokenizer.get_vocab()[token] for token in script.new_tokens]
     problem = "--lora_dropout does not work on experts. Leave it out, or name --lora_target_modules"
-    check(not (experts and script.lora_dropout), f"{problem} {ends_of(modules)}.")
+    check(not (experts + weights and script.lora_dropout), f"{problem} {ends_of(modules)}.")
     coverage = model_layers.coverage(model, targets) if model_layers else "not weighed"
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -316,8 +322,8 @@ def add_adapter(script, training, tokenizer, model):
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
         target_modules=modules or DUMMY_TARGET_MODULES,  # which match no layer
-        target_parameters=experts or None,
-        modules_to_save=find_modules(model, script, "modules_to_save") or None,
+        target_parameters=experts + weights or None,
+        modules_to_save=whole or None,
         trainable_token_indices=dict.fromkeys(ends, rows) if rows else None,
     )
     warnings.filterwarnings("ignore", module="peft|transformers")  # of what PEFT mends itself
@@ -326,11 +332,14 @@ def add_adapter(script, training, tokenizer, model):
     for parameter in model.parameters():
         if parameter.requires_grad:  # some of DeepSpeed's files want 16 bit, and keep fp32 copies
             parameter.data = parameter.data.to(getattr(training, "kept_in", torch.float32))
+    lost = ends_of({*modules} - {*model.base_model.targeted_module_names})
+    check(not lost, f"PEFT puts nothing beside {lost}: name others by --lora_target_modules.")
+    modules += weights
     text = f"LoRA of rank {script.lora_r} on {len(modules)} layers ({ends_of(modules) or 'none'})"
     each = f", and for each expert on {len(experts)} stacks ({ends_of(experts)})"
     say("adapter", text + each * bool(experts))
-    if config.modules_to_save:
-        say("whole", ", ".join(config.modules_to_save))
+    if whole:
+        say("whole", ", ".join(whole))
     say("coverage", coverage)
     return model
 

@@ -49,6 +49,20 @@ def fitting(model):
     return [name for name, (_, why) in weigh_layers(model).items() if not why]
 
 
+def split(model, targets):
+    """Return (linear layers, experts, weights of layers that PEFT would take for experts)."""
+    parameters, weights = {name for name, _ in model.named_parameters()}, []
+    experts = sorted(parameters & {*targets})
+    modules = [name for name in targets if name not in parameters]
+    if parameters & {*fitting(model)}:  # PEFT rewrites the targets of a model with experts
+        for name in list(modules):
+            is_mlp = re.search(r"\.((gate|up|down)_proj|w[123])$", name)
+            if is_mlp and model.get_submodule(name).weight.is_floating_point():  # not in 8, 4 bit
+                modules.remove(name)
+                weights.append(f"{name}.weight")
+    return modules, experts, weights
+
+
 def coverage(model, targets):
     """What share an adapter on these stands beside, and what it leaves out, as a text."""
     layers, left = weigh_layers(model), {}

@@ -119,7 +119,7 @@ def change(layer, a, b):
     scale, wide = layer.scaling["default"], layer.r["default"]
     count = getattr(layer, "num_experts", 1)
     each = [scale * b[:, e::count] @ a[e * wide : (e + 1) * wide] for e in range(count)]
-    if not hasattr(layer, "num_experts"):
+    if count == 1:
         return each[0]
     is_turned = getattr(layer.get_base_layer(), "is_transposed", False)
     return torch.stack([one.T if is_turned else one for one in each])

@@ -364,9 +364,9 @@ def test_the_edits_that_the_page_shows(outputs, python_server):
     script = (ROOT / "finetune_full" / "finetune_full.py").read_text(encoding="utf-8")
     # The first edit replaces the line that begins alike, the second one goes above the return.
     line = form.splitlines()[1] + "\n"
-    start, end = line[: line.index("[")], "    return model\n"
+    start, end = line[: line.index("[")], "    return model"
     (old,) = [other for other in script.splitlines(keepends=True) if other.startswith(start)]
-    loading = re.search(r"^def load_model\(.*?^    return model\n", script, re.M | re.S)[0]
+    loading = re.search(r"^def load_model\(.*?^    return model", script, re.M | re.S)[0]
     assert loading.count(end) == 1
     script = script.replace(loading, loading.replace(end, f"{biases}{end}")).replace(old, line)
     (copy.parent / "alone").mkdir()
