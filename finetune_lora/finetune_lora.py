@@ -334,14 +334,17 @@ def add_adapter(script, training, tokenizer, model):
             parameter.data = parameter.data.to(getattr(training, "kept_in", torch.float32))
     lost = ends_of({*modules} - {*model.base_model.targeted_module_names})
     check(not lost, f"PEFT puts nothing beside {lost}: name others by --lora_target_modules.")
-    modules += weights
+    say_adapter(script, modules + weights, experts, whole, coverage)
+    return model
+
+
+def say_adapter(script, modules, experts, whole, coverage):
     text = f"LoRA of rank {script.lora_r} on {len(modules)} layers ({ends_of(modules) or 'none'})"
     each = f", and for each expert on {len(experts)} stacks ({ends_of(experts)})"
     say("adapter", text + each * bool(experts))
     if whole:
         say("whole", ", ".join(whole))
     say("coverage", coverage)
-    return model
 
 
 def find_modules(model, script, option):

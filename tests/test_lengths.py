@@ -10,7 +10,7 @@ from conftest import ROOT
 # 625, 705, 705, 505 and 300: a limit here goes down with each cut, and up only on purpose.
 LIMITS = {
     "finetune_full/finetune_full.py": 650,
-    "finetune_lora/finetune_lora.py": 775,
+    "finetune_lora/finetune_lora.py": 780,
     "finetune_lastlayer/finetune_lastlayer.py": 770,
     "generate_text/generate_text.py": 570,
     "generate_text/chat.py": 400,
@@ -19,7 +19,7 @@ LIMITS = {
 }
 # Lines in which `diff` finds a script other than finetune_full.py: the lesson and little else.
 DIFFERENCES = {
-    "finetune_lora/finetune_lora.py": 160,
+    "finetune_lora/finetune_lora.py": 165,
     "finetune_lastlayer/finetune_lastlayer.py": 160,
 }
 FILES = subprocess.run(
