@@ -1,7 +1,6 @@
 #!/bin/bash
 # Fine-tune all parameters on several nodes. From this directory: qsub -P GROUP job_multinode.sh
-# How many nodes: the select line below, or for once qsub -P GROUP -l select=4 job_multinode.sh
-# First make sure of them: ../abci_firststep/job_check_nodes.sh. Submitted again, it goes on from its last checkpoint.
+# Nodes: -l select=4 behind -P GROUP, or below; first see ../abci_firststep/job_check_nodes.sh. Again: it goes on.
 #PBS -N finetune_full
 #PBS -q rt_HF
 #PBS -l select=2
@@ -38,6 +37,7 @@ else
   echo "no GPU     one process per node, plain data parallel over gloo, without DeepSpeed"
 fi
 [[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}")
+((GPUS == 0)) || timeout 120 python ../jobs/warn_job.py "$GPUS" finetune_full.py "${SETTINGS[@]}" "${WORDS[@]}" "$@" &
 bash ../jobs/wait_lock.sh "${OUTPUT_DIR:-output}" && "${LAUNCH[@]}" finetune_full.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
 status=$? # of the training, whatever becomes of the picture; --since: of this job's losses only
 ((status != 0)) || python ../jobs/draw_loss.py "$OUTPUT_DIR" --since $(($(date +%s) - SECONDS))

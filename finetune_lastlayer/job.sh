@@ -36,6 +36,7 @@ if ((GPUS > 1)) || [[ $GPUS == 1 && -n ${DEEPSPEED:-}${CONFIG:-} ]]; then # a se
   LAUNCH=(python ../jobs/run_ranks.py torchrun --standalone --nproc_per_node "$GPUS") # it names the rank that failed
 fi
 ((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
+((GPUS == 0)) || timeout 120 python ../jobs/warn_job.py "$GPUS" finetune_lastlayer.py "${SETTINGS[@]}" "${WORDS[@]}" "$@" &
 bash ../jobs/wait_lock.sh "${OUTPUT_DIR:-output}" && "${LAUNCH[@]}" finetune_lastlayer.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
 status=$? # of the training, whatever becomes of the picture; --since: of this job's losses only
 ((status != 0)) || python ../jobs/draw_loss.py "$OUTPUT_DIR" --since $(($(date +%s) - SECONDS))

@@ -37,6 +37,7 @@ case "$*" in
   *platform*) echo 3.12.9; exit ;;
   *device_count*) echo "${{GPUS_SEEN:-0}}"; exit ;;
   ../jobs/run_ranks.py*) exec {sys.executable} "$@" ;;
+  ../jobs/warn_job.py*) [[ -n "${{WARNS:-}}" ]] && exec {sys.executable} "$@"; exit ;;
   ../jobs/draw_loss.py*) [[ -n "${{LOSSES:-}}" ]] && exec {sys.executable} "$@"; exit ;;
 esac
 [[ -z "${{SAYS:-}}" ]] || echo "$SAYS" >&2
@@ -335,6 +336,20 @@ def test_finetune_variables(machine):
         run(CONFIG="my.yaml", GPUS_SEEN="1").returncode == 0
     )  # the file may name a DeepSpeed configuration
     assert last_words(machine)[0] == "torchrun"
+
+
+@pytest.mark.parametrize("job", TRAINING_JOBS, ids=str)
+def test_a_training_with_gpus_is_estimated_beside_it(machine, job):
+    """With the words of the training; its status stays that of the training."""
+    warn = '../jobs/warn_job.py "$GPUS" ' + f"{job.parent}.py"
+    assert warn in (ROOT / job).read_text(encoding="ascii")
+    write_executable(machine / "my work/jobs/warn_job.py", "import sys; print('WARNED', sys.argv)")
+    done = run_as_pbs(machine, job, GPUS_SEEN="2", WARNS="1", STATUS="3", ARGS="--max_length 9")
+    assert done.returncode == 3
+    said = next(line for line in done.stdout.splitlines() if line.startswith("WARNED"))
+    assert f"'2', '{job.parent}.py'" in said and "'--max_length', '9']" in said
+    done = run_as_pbs(machine, job, WARNS="1")
+    assert (done.returncode, "WARNED" in done.stdout) == (0, False)  # of no use without a GPU
 
 
 @pytest.mark.parametrize("lesson", ["finetune_full", "finetune_lora"])

@@ -1,0 +1,484 @@
+"""jobs/estimate.py against real training steps: bytes of real tensors, allocations of a CPU.
+
+python tests/test_estimate.py     # how far off it is, and the READMEs' whole table (3 minutes)
+"""
+
+import copy
+import functools
+import gc
+import json
+import re
+import shlex
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, load_script, write_jsonl
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+
+sys.path.append(str(ROOT / "jobs"))
+import count_memory
+import count_tokens
+import estimate
+import warn_job
+
+DRAW = load_script(ROOT / "deepspeed_configs" / "draw.py")
+READMES = ("README.md", "README.en.md")
+
+
+def tiny_config(kind, layers=3, hidden=64):
+    sizes = {"vocab_size": 384, "hidden_size": hidden, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": 4, "intermediate_size": 3 * hidden}
+    sizes |= {"max_position_embeddings": 512, "tie_word_embeddings": kind == "qwen3"}
+    if kind != "gpt_neox":
+        sizes["num_key_value_heads"] = 2
+    if kind == "qwen3":
+        sizes["head_dim"] = hidden // 4
+    return AutoConfig.for_model(kind, **sizes)
+
+
+def plan_of(folder, config, *words):
+    """The plan for a model of this configuration."""
+    config.save_pretrained(folder)
+    line = ["--model_name_or_path", str(folder), "--precision", "fp32", *words]
+    args = estimate.complete(estimate.parse([str(word) for word in line]))
+    args.nodes, args.gpus, args.stage = 1, 1, "none"
+    return args
+
+
+# ---- Real steps, written without the project ----
+
+
+def real_model(config, method="full", attention=None):
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    if method == "last_layer":
+        head = torch.nn.Parameter(model.get_output_embeddings().weight.detach().clone())
+        model.requires_grad_(False)
+        model.get_output_embeddings().weight = head
+    if method == "lora":
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    return model.train()
+
+
+def size(tensors):
+    """Bytes; tensors that share their memory count once."""
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
+
+
+def batch_of(rows, length, share=1.0):
+    ids = torch.randint(0, 300, (rows, length), generator=torch.Generator().manual_seed(0))
+    learned = torch.zeros(rows, length, dtype=torch.bool)
+    learned[:, : max(1, round(share * (length - 1)))] = True
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False, "logits_to_keep": learned}
+    return batch | {"shift_labels": ids.roll(-1, 1)[learned]}
+
+
+def measured_peak(model, batch):
+    """Most bytes that the CPU's allocator had given out at once, beyond those before the step."""
+    model(**batch).loss.backward()  # gradients are there already
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        model(**batch).loss.backward()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def measured_kept(model, batch):
+    """Bytes that autograd keeps from the forward pass, the model's own not counted."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
+    own |= {b.untyped_storage().data_ptr() for b in model.buffers()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss  # which holds them
+    return size(kept) if loss is not None else 0
+
+
+CASES = [  # kind, attention, rows, length, checkpointing, method
+    ("llama", "sdpa", 4, 128, False, "full"),
+    ("llama", "sdpa", 6, 200, True, "full"),
+    ("llama", "sdpa", 4, 128, False, "lora"),
+    ("gpt_neox", "sdpa", 5, 160, False, "full"),
+    ("gpt_neox", "eager", 3, 128, True, "full"),
+    ("gpt_neox", "sdpa", 4, 64, False, "last_layer"),
+    ("qwen3", "sdpa", 4, 128, True, "full"),
+    ("qwen3", "eager", 2, 160, False, "full"),
+]
+
+
+def compare(folder, kind, attention, rows, length, checkpointing, method, layers=3, hidden=64):
+    """(computed, measured) for the kept bytes, and for the peak."""
+    config = tiny_config(kind, layers, hidden)
+    words = ["--method", method, "--max_length", length, "--attn_implementation", attention]
+    words += ["--activation_checkpointing", str(checkpointing)]
+    kept, peak = count_memory.activations(plan_of(folder, copy.deepcopy(config), *words))(rows)
+    model = real_model(config, method, attention)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    batch = batch_of(rows, length)
+    really_kept = kept if checkpointing else measured_kept(model, batch)
+    return (kept, really_kept), (peak, measured_peak(model, batch))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_activations_within_a_tenth(case, tmp_path):
+    for computed, measured in compare(tmp_path, *case):
+        assert computed == pytest.approx(measured, rel=0.1), f"{computed:,} {measured:,}"
+
+
+def test_logits_count_where_something_is_learned(tmp_path):
+    """A tenth of the tokens with a loss, and a large vocabulary: measured again."""
+    config = tiny_config("llama", layers=1)
+    config.vocab_size = 8000
+    words = ["--max_length", 64]
+    peaks = []
+    for share in (1, 0.1):
+        args = plan_of(tmp_path, config, *words, "--learned_share", share)
+        model = real_model(config)
+        computed = count_memory.activations(args)(3)[1]
+        assert computed == pytest.approx(measured_peak(model, batch_of(3, 64, share)), rel=0.1)
+        peaks.append(computed)
+    assert peaks[0] > 3 * peaks[1]
+
+
+# ---- Weights, gradients, optimizer: to the byte ----
+
+
+@pytest.mark.parametrize("method", ["full", "last_layer", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # a head of its own, and a tied one
+def test_states_to_the_byte(kind, method, tmp_path):
+    config = tiny_config(kind)
+    args = plan_of(tmp_path, copy.deepcopy(config), "--method", method)
+    counts = count_memory.count(args)
+    items = count_memory.states(args, counts)
+    model = real_model(config, method)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    model(**batch_of(2, 32)).loss.backward()
+    optimizer.step()
+    states = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert items["weights"] == size(model.parameters())
+    assert items["gradients"] == size(p.grad for p in trained)
+    assert items["optimizer"] == size(states)
+    assert counts.trained == sum(p.numel() for p in trained)
+    plain = AutoModelForCausalLM.from_config(config)
+    assert counts.base == sum(p.numel() for p in plain.parameters())
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora_8bit"])
+def test_rounded_weights_to_the_byte(method, tmp_path):
+    """Layers that bitsandbytes has really rounded; its tables of 16 and 256 values aside."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    config = tiny_config("llama", layers=1, hidden=256)
+    args = plan_of(tmp_path, copy.deepcopy(config), "--method", method, "--precision", "bf16")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    rounded, total = [], 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            shape = (module.in_features, module.out_features)
+            if method == "qlora":
+                new = Linear4bit(*shape, bias=False, compress_statistics=True, quant_type="nf4")
+            else:
+                new = Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
+            new.load_state_dict({"weight": module.weight.detach().float()})
+            weight = new.to("cpu").weight
+            state = getattr(weight, "quant_state", None)
+            parts = [state.absmax, state.state2.absmax] if state else [weight.SCB]
+            total += size([weight.data, *parts])
+            rounded.append(module.weight)
+    others = [p for p in model.parameters() if not any(p is w for w in rounded)]
+    counts = count_memory.count(args)
+    assert counts.frozen == total + size(others)
+
+
+@pytest.mark.parametrize("stage", count_memory.STAGES)
+def test_stages_are_those_of_the_lesson(stage, tmp_path):
+    """As deepspeed_configs/draw.py counts them; DDP's second gradients are communication here."""
+    args = plan_of(tmp_path, tiny_config("llama"))
+    counts = count_memory.count(args)
+    for args.nodes, args.gpus in ((1, 1), (1, 8), (2, 8)):
+        args.stage, n = stage, args.nodes * args.gpus
+        items = count_memory.states(args, counts)
+        found = [items[name] / counts.total for name in ("weights", "gradients", "optimizer")]
+        if stage == "none":
+            found[1] += items["communication"] / counts.total
+        assert found == pytest.approx(DRAW.gpu_bytes(stage, n)), n
+        host = count_memory.host_bytes(args, counts) / counts.total
+        assert host == pytest.approx(DRAW.host_bytes(stage, n)), n
+
+
+def test_twice_the_gradients_where_batches_are_accumulated(tmp_path):
+    """As deepspeed_configs/README.md measured them: 16 bytes, and 20; on one GPU always 16."""
+    args = plan_of(tmp_path, tiny_config("llama"))
+    counts = count_memory.count(args)
+    for args.gpus, args.gradient_accumulation_steps, size in ((8, 1, 16), (8, 2, 20), (1, 2, 16)):
+        items = count_memory.states(args, counts)
+        assert sum(items.values()) == size * counts.total
+
+
+ROUNDING = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}
+
+
+def test_what_weights_are_kept_in(tmp_path):
+    """fp32, in fp16 and with DeepSpeed's own bf16 2 bytes; an adapter's base in 16 bit."""
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(ROUNDING), "utf-8")
+    ours = ROOT / "deepspeed_configs" / "zero2.json"
+    cases = [("bf16", "full", ours, 4, 4), ("fp32", "full", ours, 4, 4)]
+    cases += [("bf16", "full", own, 2, 2), ("fp16", "full", ours, 2, 2)]
+    cases += [("bf16", "lora", ours, 4, 2), ("fp32", "lora", ours, 4, 4)]
+    cases += [("bf16", "last_layer", ours, 4, 4)]
+    for precision, method, file, kept, held in cases:
+        words = ["--precision", precision, "--method", method, "--deepspeed", file]
+        args = plan_of(tmp_path / "model", tiny_config("llama"), *words)
+        args.gpus, args.stage = 8, "zero2"
+        counts = count_memory.count(args)
+        frozen = held * (counts.total - counts.trained)
+        items = count_memory.states(args, counts)
+        assert items["weights"] == kept * counts.trained + frozen, (precision, method, file)
+        assert items["communication"] == 2 * kept * counts.trained
+        model = count_memory.build(args)
+        sizes = {p.element_size() for p in model.parameters() if p.requires_grad}
+        assert sizes == {kept}
+
+
+def test_models_that_see_and_other_kinds(tmp_path):
+    """What text does not pass is frozen, and loaded."""
+    text = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 3, "head_dim": 16}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    sight = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sight |= {"intermediate_size": 48, "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=sight)
+    args = plan_of(tmp_path, config, "--max_length", 32)
+    counts = count_memory.count(args)
+    assert 0 < counts.trained < counts.total
+    assert count_memory.states(args, counts)["weights"] == 4 * counts.total
+    kept, peak = count_memory.activations(args)(4)
+    assert 0 < kept <= peak
+
+
+def test_the_largest_batch(tmp_path, monkeypatch):
+    """It fits, and one more does not."""
+    monkeypatch.setattr(count_memory, "GPU_GB", 0.05)
+    monkeypatch.setattr(count_memory, "CONTEXT_GB", 0)
+    args = plan_of(tmp_path, tiny_config("gpt_neox"), "--max_length", 64)
+    traced = count_memory.activations(args)
+    monkeypatch.setattr(count_memory, "activations", lambda args: traced)
+    args.gpus, args.zero_stage = 1, "none"
+    most = count_memory.fit(args).most
+    assert most > 10
+    for rows, fits in ((most, True), (most + 1, False)):
+        args.per_device_train_batch_size = rows
+        assert count_memory.fit(args).fits == fits
+        needed = sum(count_memory.states(args, args.counts).values()) + traced(rows)[1]
+        assert (needed <= 0.05e9) == fits
+
+
+# ---- What it prints ----
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Nothing is traced, where memory is not the question."""
+    monkeypatch.setattr(count_memory, "activations", lambda args: lambda rows: (rows, rows))
+
+
+def run(capsys, *words):
+    estimate.main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+def test_the_line_to_type(tmp_path, capsys, monkeypatch, small):
+    """The job file and its variables are there, the script knows each option, PBS the walltime."""
+    tiny_config("llama").save_pretrained(tmp_path / "model")
+    data = tmp_path / "my.jsonl"
+    write_jsonl(data, [{"text": "abc " * 50}] * 40)
+    monkeypatch.chdir(tmp_path)
+    known = {field.name for field in fields(TrainingArguments)}
+    for method, more in (("full", ["--nodes", 2]), ("last_layer", []), ("qlora", []), ("lora", [])):
+        where = ["--model_name_or_path", "model", "--train_file", "my.jsonl", "--method", method]
+        out = run(capsys, *where, "--max_length", 128, *more)
+        words = shlex.split(out.split("type ")[1])
+        folder = ROOT / words[1]
+        assert words[:1] + words[2:4] == ["cd", "&&", "qsub"]
+        script = load_script(folder / f"{words[1]}.py")
+        assert re.search(r"-l walltime=\d+:00:00 ", out)
+        assert ("select=2" in out) == (method == "full") == words[-1].endswith("multinode.sh")
+        job = (folder / words[-1]).read_text("utf-8")
+        values = words[words.index("-v") + 1].split(",")
+        variables = dict(value.split("=", 1) for value in values)
+        assert all(name in job for name in variables)
+        assert Path(variables["MODEL"]).is_absolute() and Path(variables["TRAIN_FILE"]) == data
+        if deepspeed := variables.get("DEEPSPEED"):
+            assert (folder / deepspeed).is_file()
+        options = {word.removeprefix("--") for word in variables["ARGS"].split()[::2]}
+        assert options <= known | {field.name for field in fields(script.ScriptArguments)}
+        assert ("load_in_4bit" in options) == (method == "qlora")
+
+
+def test_time_points_and_walltime(capsys, small):
+    """6.9 billion x 8 x 5.12 million operations at 2.97e14 a second are 15.9 minutes."""
+    where = ["--model_name_or_path", "falcon-7b", "--gpus", 1, "--zero_stage", "none"]
+    more = ["--tokens", 5_120_000 * 4, "--num_train_epochs", 3, "--activation_checkpointing"]
+    out = run(capsys, *where, *more, "--max_length", 64)
+    assert "6,921,720,704 parameters" in out
+    hours = 12 * 15.93 / 60  # 3.2
+    assert f"{hours:.1f} h for 61,440,000 tokens" in out and "walltime=8:00:00" in out
+    assert f"about {3 * (hours + 0.5):.1f}; 24 are taken" in out
+
+
+BAD = [
+    ("--method full", "--model_name_or_path is missing"),
+    ("--model_name_or_path nosuch --nodes x", "argument --nodes"),
+    ("--model_name_or_path nosuch --method full2", "invalid choice"),
+    ("--model_name_or_path nosuch/model", "no configuration of nosuch/model"),
+    ("--model_name_or_path falcon-7b --max_length 4096", "over 2048 positions"),
+    ("--model_name_or_path falcon-7b --deepspeed no.json", "no configuration of DeepSpeed"),
+    ("--model_name_or_path falcon-7b --method qlora --zero_stage 3", "no rounded base"),
+    ("--model_name_or_path falcon-7b --method last_layer --nodes 2", "no job for several nodes"),
+    ("--model_name_or_path falcon-7b --learned_share 2", "at most 1"),
+    ("--model_name_or_path falcon-7b --train_file no.jsonl", "--train_file no.jsonl"),
+    ("--model_name_or_path falcon-7b --gpus 1.5", "no whole number"),
+    ("--model_name_or_path falcon-7b --batch 4", "unrecognized"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[words for words, _ in BAD])
+def test_bad_input_is_one_line(words, message, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as stopped:
+        estimate.main(words.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_data_is_counted_roughly(tmp_path):
+    """Rows of 30 and of 60 letters in turn, of 3 bytes each; only 300 of 2,000 are read."""
+    rows = [
+        {"messages": [{"role": "user", "content": "あ" * 30 * (1 + n % 2)}]} for n in range(2000)
+    ]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows), "utf-8")
+    for file in ("a.jsonl", "a.json"):
+        args = plan_of(tmp_path / "model", tiny_config("llama"), "--max_length", 50)
+        args.train_file = [str(tmp_path / file)]
+        tokens, longest = count_tokens.look_at_data(args)
+        assert longest == 50  # the longer ones are cut
+        assert tokens == pytest.approx(2000 * (30 + 50) / 2, rel=0.1)
+
+
+# ---- In the READMEs ----
+
+
+def shown_rows(readme):
+    """The rows of the README's table of jobs, in the words of --all."""
+    text = (ROOT / readme).read_text(encoding="utf-8").replace("分", " min").replace("、", ", ")
+    return [line for line in text.splitlines() if re.match(r"\| `[\w-]+/[\w.-]+` \|", line)]
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_table_in_the_readme(readme, monkeypatch):
+    """One model here; the whole table: python tests/test_estimate.py."""
+    names = [entry["hub_id"] for entry in estimate.SEVEN.values()]
+    shown = {row.split("`")[1]: row for row in shown_rows(readme)}
+    assert [*shown] == names
+    some = {"dolly-v2-12b": estimate.SEVEN["dolly-v2-12b"]}  # full on rt_HF, the rest on rt_HG
+    monkeypatch.setattr(estimate, "SEVEN", some)
+    for row in computed_rows():
+        assert row == shown[row.split("`")[1]]
+
+
+@functools.cache
+def computed_rows():
+    return [*estimate.table()]
+
+
+# ---- In a job ----
+
+
+def test_a_job_is_warned(tmp_path, capsys, monkeypatch, small):
+    """Of memory, of time; with half of it done, of nothing."""
+    tiny_config("llama").save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "my.jsonl", [{"text": "abc " * 400}] * 100)
+    monkeypatch.setattr(warn_job, "gpu_bytes", lambda: 2e9)
+    monkeypatch.setattr(estimate, "FLOPS", 2e9)
+    output = ["--output_dir", str(tmp_path / "output"), "--save_steps", "200", "--bf16", "true"]
+    words = ["--model_name_or_path", str(tmp_path / "model"), "--train_file"]
+    words += [str(tmp_path / "my.jsonl"), *output, "--num_train_epochs", "1", "--max_length", "256"]
+    args = warn_job.read_job("1", "finetune_full.py", *words)
+    assert (args.method, args.precision, args.gpus) == ("full", "bf16", 1)
+    count_memory.fit(args)
+    needed = 60 * estimate.minutes(args, count_tokens.look_at_data(args)[0])
+    monkeypatch.setenv("DEADLINE", str(int(time.time() + 0.75 * needed)))
+    warn_job.warn(args)
+    assert capsys.readouterr().out.startswith("warning    does not finish before the deadline")
+    state = tmp_path / "output" / "checkpoint-5" / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"global_step": 5, "max_steps": 10}))
+    warn_job.warn(args)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(warn_job, "gpu_bytes", lambda: 1e9)
+    warn_job.warn(args)
+    out = capsys.readouterr().out
+    assert out.startswith("warning    does not fit: 8 rows x 256 tokens") and "1 GB" in out
+    settings = tmp_path / "run_args.yaml"
+    settings.write_text(
+        f"model_name_or_path: {tmp_path / 'model'}\nload_in_4bit: true\nrun: {{a: 1}}\n"
+    )
+    args = warn_job.read_job(
+        "8",
+        "finetune_lora.py",
+        str(settings),
+        "--deepspeed",
+        str(ROOT / "deepspeed_configs/zero2.json"),
+    )
+    assert (args.method, args.zero_stage, args.gpus) == ("qlora", "zero2", 8)
+
+
+def test_a_job_goes_on_whatever_the_estimate_says(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    no_model = ["--model_name_or_path", "no/model"]
+    for words in (["1", "finetune_full.py", *no_model], ["1", "finetune_full.py"], ["x"], []):
+        warn_job.main(words)
+        said = capsys.readouterr()
+        assert said.out.startswith("estimate   none (") and (said.out.count("\n"), said.err) == (
+            1,
+            "",
+        )
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    errors = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in enumerate(CASES):
+            for layers, hidden in ((3, 64), (8, 192)):
+                place = Path(folder) / f"{number}-{layers}"
+                pairs = compare(place, *case, layers=layers, hidden=hidden)
+                errors += [computed / measured - 1 for computed, measured in pairs[1:]]
+                print(case, layers, hidden, f"{errors[-1]:+.1%}", flush=True)
+    print(
+        f"{len(errors)} peaks: from {min(errors):+.1%} to {max(errors):+.1%} of what was measured"
+    )
+    rows = [*estimate.table()]
+    print(*rows, sep="\n")
+    assert all(rows == shown_rows(readme) for readme in READMES), "the READMEs' tables differ"
