@@ -125,7 +125,7 @@ REFUSED = {
     "half a surrogate pair": ({"prompt": "\ud83d", "completion": "c"}, r"'\ud83d' in position 0: surrogates"),
     "half a pair in a turn": ({"messages": [USER("\ud83d"), BOT("a")]}, "surrogates not allowed"),
     "half a pair in an instruction": ({"instruction": "i\udc00", "output": "o"}, "surrogates not allowed"),
-    "tool_calls": ({"messages": [USER("u"), BOT(None, tool_calls=CALL), BOT("a")]}, "role+content must hold text"),
+    "tool_calls": ({"messages": [USER("u"), BOT(None, tool_calls=CALL), BOT("a")]}, "tool_calls"),
     "tool_calls, empty": ({"messages": [USER("u"), BOT("", tool_calls=CALL), BOT("a")]}, "its tool_calls would be"),
     "function_call": ({"messages": [USER("u"), BOT("", function_call={"name": "f"})]}, "its function_call would be"),
     "tools": ({"messages": [USER("u"), BOT("a")], "tools": CALL}, "tools would be left out"),
