@@ -9,11 +9,11 @@ from conftest import ROOT
 # Physical lines; whatever is not named here may have 300. The aim for those that are named is
 # 625, 705, 705, 505 and 300: a limit here goes down with each cut, and up only on purpose.
 LIMITS = {
-    "finetune_full/finetune_full.py": 650,
-    "finetune_lora/finetune_lora.py": 780,
-    "finetune_lastlayer/finetune_lastlayer.py": 770,
-    "generate_text/generate_text.py": 570,
-    "generate_text/chat.py": 400,
+    "finetune_full/finetune_full.py": 645,
+    "finetune_lora/finetune_lora.py": 775,
+    "finetune_lastlayer/finetune_lastlayer.py": 762,
+    "generate_text/generate_text.py": 550,
+    "generate_text/chat.py": 393,
     "generate_text/convert_tokenizer.py": 330,
     "finetune_lora/merge_lora.py": 355,
 }
