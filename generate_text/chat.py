@@ -144,8 +144,7 @@ def load_model(args, precision, tokenizer):
         bits = {"load_in_8bit": args.load_in_8bit, "load_in_4bit": args.load_in_4bit}
         bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
-    load = auto_class(config).from_pretrained
-    model, info = load(args.base, output_loading_info=True, **options)
+    model, info = auto_class(config).from_pretrained(args.base, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])[:3]
     check(not missing, f"{args.base} lacks weights, they would be random: {missing}")
     args.quantised = sum(type(m).__module__ == "bitsandbytes.nn.modules" for m in model.modules())

@@ -216,8 +216,7 @@ def load_model(args, precision, tokenizer):
         bits = {"load_in_8bit": args.load_in_8bit, "load_in_4bit": args.load_in_4bit}
         bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
-    load = auto_class(config).from_pretrained
-    model, info = load(args.base, output_loading_info=True, **options)
+    model, info = auto_class(config).from_pretrained(args.base, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])[:3]
     check(not missing, f"{args.base} lacks weights, they would be random: {missing}")
     args.quantised = sum(type(m).__module__ == "bitsandbytes.nn.modules" for m in model.modules())
@@ -308,7 +307,8 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         fail(full)
     except OSError as error:  # a full disk, most often
-        fail(f"{error}: {args.output_file} is not finished. The same command goes on from there.")
+        again = " The same command goes on from there." if keep_answers else ""
+        fail(f"{error}: {args.output_file} is not finished.{again}")
 
 
 def generate(args, model, tokenizer, prompts, draw=0):
@@ -384,9 +384,9 @@ def answer_file(args, model, tokenizer, rows, prompts):
             for i, row in enumerate(rows):
                 file.write(json.dumps(row | answers[i], ensure_ascii=False, default=str) + "\n")
         keep_answers.finish(args, new) if keep_answers else new.replace(args.output_file)
-    done = f"{len(rows):,} rows in {args.output_file}; {done} {seconds:,.0f} s"
-    speed = f"{tokens / seconds:,.0f} tok/s"
-    note("done", f"{done}, {speed}; {cut:,} answers cut off before a stop token")
+    done = f"{len(rows):,} rows in {args.output_file}; {done} {seconds:,.0f} s, "
+    done += f"{tokens / seconds:,.0f} tok/s"
+    note("done", f"{done}; {cut:,} answers cut off before a stop token")
 
 
 def batches(args, numbers, prompts):

@@ -20,8 +20,10 @@ from pathlib import Path
 from run_common import check, fail, read_deadline
 
 
+# Copied from generate_text/generate_text.py
 def note(name, text):
-    print(f"{name:<11}{text}", file=sys.stderr)  # stdout holds answers only
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name:<11}{text}", file=sys.stderr)  # stdout holds answers only
 
 
 def claim_output(args, precision, prompts):
@@ -29,6 +31,8 @@ def claim_output(args, precision, prompts):
 
     `precision` and the ids of the prompts are compared with those of the answers so far.
     """
+    is_one_node = int(os.environ.get("LOCAL_WORLD_SIZE", args.ranks)) == args.ranks
+    check(is_one_node, "several processes must be on one node. Split the file for several nodes.")
     args.deadline = read_deadline()
     signal.signal(signal.SIGTERM, lambda *_: setattr(args, "deadline", 0))
     output = Path(args.output_file).resolve()
@@ -93,14 +97,19 @@ def wait_for_first(args, output):
 def tell(args, what, text=""):
     """Leave a note for the processes of this start; an old one is nobody's."""
     if args.ranks > 1:
-        partial(args, what).write_text(f"{os.environ['TORCHELASTIC_RUN_ID']}\n{text}", "utf-8")
+        partial(args, what).write_text(f"{this_start()}\n{text}", "utf-8")
 
 
 def heard(args, what):
     """The text of a note, or None."""
     with suppress(OSError):
         run, _, text = partial(args, what).read_text("utf-8").partition("\n")
-        return text if run == os.environ.get("TORCHELASTIC_RUN_ID") else None
+        return text if run == this_start() else None
+
+
+def this_start():
+    """A name that the processes of one torchrun share, and no other start."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
 
 
 def stop_if_asked(args, seconds=0, done=""):
@@ -116,9 +125,8 @@ def stop_if_asked(args, seconds=0, done=""):
             why = f"DEADLINE {time.ctime(until)}"
         tell(args, "stop", why)
         file.unlink(missing_ok=True)
-        if args.rank == 0:
-            what = "to go on, type the same command or submit the same job"
-            note("stopped", f"by {why}; {done}{what}")
+        what = "to go on, type the same command or submit the same job"
+        note("stopped", f"by {why}; {done}{what}")
         raise SystemExit(0 if "RUN_RANKS" in os.environ else 75)
 
 

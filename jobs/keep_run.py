@@ -147,7 +147,7 @@ class KeepRun(transformers.TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         # What a model that sees shows its images with is the base's: the result is one, too.
         for file in IMAGES if args.should_save else ():
-            with suppress(OSError):
+            with suppress(Exception):  # a hub's answer must not cost a training
                 shutil.copy(cached_file(self.base, file), args.output_dir)
 
     def on_save(self, args, state, control, **kwargs):
@@ -155,10 +155,6 @@ class KeepRun(transformers.TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # all have written
         if args.should_save:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            for file in path.glob(
-                "*.safetensors"
-            ):  # as readable as the rest, not by the owner only
-                file.chmod((path / "trainer_state.json").stat().st_mode)
             write_mark(path, self.run_id, is_complete=True)
             for old in find_checkpoints(path.parent, self.run_id)[: -self.keep]:
                 if old != Path(state.best_model_checkpoint or ""):

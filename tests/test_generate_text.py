@@ -1254,3 +1254,20 @@ def test_help_and_typos_answer_fast():
             began = time.time()
             result = subprocess.run([sys.executable, file, *arguments], capture_output=True)
             assert result.returncode == code and time.time() - began < 2
+
+
+def test_an_old_note_is_nobody_s(tmp_path, monkeypatch, capsys):
+    """torchrun without --standalone calls each start "none": what another left must not stop this one."""
+    args = SimpleNamespace(output_file=str(tmp_path / "out"), rank=1, ranks=2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getppid", lambda: 1)
+        for what in ("claimed", "stop", "end1"):
+            keep_answers.tell(args, what, "earlier")
+            assert keep_answers.heard(args, what) == "earlier"
+    assert [keep_answers.heard(args, what) for what in ("claimed", "stop", "end1")] == [None] * 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # of two: the other is on another node
+    args.__dict__.update(prompt_file=str(tmp_path / "out"), base="m", model_name_or_path="m")
+    with pytest.raises(SystemExit):
+        keep_answers.claim_output(args, "fp32", [])
+    assert "on one node" in capsys.readouterr().err
