@@ -71,6 +71,7 @@ DEFAULTS = {"output_dir": "output", "learning_rate": 1e-4, "logging_steps": 10}
 DEFAULTS |= {"train_sampling_strategy": "group_by_length", "ddp_find_unused_parameters": False}
 DEFAULTS |= {"log_level_replica": "error"}  # the first rank speaks for all
 DEFAULTS |= {"ddp_timeout": 6 * 3600}  # the other ranks wait while one prepares the data
+DEFAULTS |= {"dataloader_num_workers": 2 * torch.cuda.is_available()}  # beside the GPU
 
 
 # ---- 2. Data: format yours here ----

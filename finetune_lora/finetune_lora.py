@@ -78,6 +78,7 @@ DEFAULTS = {"output_dir": "output", "learning_rate": 2e-4, "logging_steps": 10}
 DEFAULTS |= {"train_sampling_strategy": "group_by_length", "ddp_find_unused_parameters": False}
 DEFAULTS |= {"log_level_replica": "error"}  # the first rank speaks for all
 DEFAULTS |= {"ddp_timeout": 6 * 3600}  # the other ranks wait while one prepares the data
+DEFAULTS |= {"dataloader_num_workers": 2 * torch.cuda.is_available()}  # beside the GPU
 
 
 # ---- 2. Data: format yours here ----
@@ -286,7 +287,7 @@ def load_model(script, training, tokenizer, resume):
     kind = f"{len(done)} layers in {bits} bit, else " if bits else ""
     memory = f"{model.get_memory_footprint() / 2**20:,.1f} MiB"
     if bits and model_layers:
-        memory += f"; {model_layers.rounded(model, script.allow_partly_quantized)}"
+        memory += f"; {model_layers.prepare_rounded(model, script, training)}"
     say("base", f"{kind}{script.precision}; frozen; {memory}")
     if Path(script.model_name_or_path).is_dir():  # so that the adapter finds it from anywhere
         model.name_or_path = str(Path(script.model_name_or_path).resolve())
@@ -356,10 +357,8 @@ def find_modules(model, script, option):
     elif model_layers:  # experts, too, and nothing that passes an adapter by
         fitting = model_layers.fitting(model)
     else:
-        kinds, head = (
-            (torch.nn.Linear, transformers.pytorch_utils.Conv1D),
-            model.get_output_embeddings(),
-        )
+        kinds = torch.nn.Linear, transformers.pytorch_utils.Conv1D
+        head = model.get_output_embeddings()
         fitting = [n for n, m in modules.items() if isinstance(m, kinds) and m is not head]
         is_plain = all(weight.dim() < 3 for weight in model.parameters())
         check(is_plain, "experts and Mamba layers need `jobs` beside this script's directory.")

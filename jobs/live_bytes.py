@@ -44,9 +44,10 @@ class LikeCuda(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in IN_FP32 and torch.is_autocast_enabled("cpu"):
-            args = tree_map(lambda x: x.float() if is_16_bit(x) else x, args)
+            args, kwargs = tree_map(in_fp32, (args, kwargs))
         return function(*args, **(kwargs or {}))
 
 
-def is_16_bit(value):
-    return isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+def in_fp32(value):
+    is_16_bit = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_16_bit else value

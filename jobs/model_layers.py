@@ -3,6 +3,7 @@ sees with, and weights that are published quantised.
 """
 
 import inspect
+import logging
 import math
 import re
 from functools import cache
@@ -72,14 +73,33 @@ def coverage(model, targets):
     return f"{share_of(layers, targets):.2%} of the layers' weights{text}"
 
 
-def rounded(model, is_partly_allowed):
-    """What share of the layers' weights is in 8 or 4 bit, as a text; refused if below a half."""
-    done = [n for n, m in model.named_modules() if type(m).__module__ == "bitsandbytes.nn.modules"]
+def prepare_rounded(model, script, training):
+    """Ready a base in 8 or 4 bit; return what share of its layers' weights is, as a text.
+
+    A share below a half is refused.
+    """
+    kinds = {n: type(m).__name__ for n, m in model.named_modules()}
+    done = [name for name, kind in kinds.items() if kind in ("Linear8bitLt", "Linear4bit")]
     share = share_of(weigh_layers(model), done)
     problem = f"only {share:.1%} of the layers' weights can be in 8 or 4 bit. Leave --load_in_..."
-    good = share >= 0.5 or is_partly_allowed
+    good = share >= 0.5 or script.allow_partly_quantized
     check(good, f"{problem} out, or add --allow_partly_quantized true.")
+    if script.load_in_8bit:
+        prepare_8bit([model.get_submodule(name) for name in done], model.dtype)
+        if training.activation_checkpointing:
+            # On a GPU each layer keeps its input where autograd does not see it, and checkpointing
+            # would save little, were there no first pass without a graph.
+            given = training.activation_checkpointing_kwargs or {}
+            training.activation_checkpointing_kwargs = {**given, "use_reentrant": True}
+            model.enable_input_require_grads()
     return f"{share:.1%} of the layers' weights rounded"
+
+
+def prepare_8bit(layers, dtype):
+    """Let these layers compute in `dtype`; norms give them fp32 under autocast."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast, in every layer
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
 
 
 # Copied from finetune_lora/finetune_lora.py

@@ -241,10 +241,22 @@ def test_what_works(base, train_file, tmp_path, capsys):
     assert not [name for name in tried if KINDS.get(name) == "refused"]
 
 
-def test_compiled_training_is_the_same(base, train_file, tmp_path):
-    short = "--max_steps 1 --train_sampling_strategy sequential "
+def test_compiled_training_is_the_same(base, train_file, tmp_path, monkeypatch):
+    """It is compiled twice: the second width makes a variable of it, and no later one costs anything."""
+    graphs, counters = [], torch._dynamo.utils.counters
+    script = load_script(SCRIPTS["finetune_full"])
+    computed = script.FineTuner.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        graphs.append(counters["stats"]["unique_graphs"])
+        return computed(*args, **kwargs)
+
+    monkeypatch.setattr(script.FineTuner, "compute_loss", compute_loss)
+    short = "--max_steps 5 --per_device_train_batch_size 1 --train_sampling_strategy sequential "
     plain, _ = run(base, train_file, tmp_path / "plain", short)
+    torch._dynamo.reset()
     found, _ = run(base, train_file, tmp_path / "compiled", short + "--torch_compile_backend eager")
+    assert graphs[5] < graphs[6] <= graphs[7] == graphs[-1], graphs
     assert set(found) == set(plain)  # no name of the compiled module's
     for name in plain:
         torch.testing.assert_close(found[name], plain[name], atol=1e-6, rtol=0)
