@@ -351,21 +351,6 @@ def train_rows(model, rows):
     model.get_nb_trainable_parameters = lambda: (trained, total)
 
 
-def check_part(script, training):
-    """Refuse a --train that means nothing, before data and weights are loaded."""
-    if not keep_run or is_deepspeed_zero3_enabled():
-        return  # the twin below would be spread over the GPUs; load_model finds the same errors
-    remote = {"trust_remote_code": script.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(script.model_name_or_path, **remote)
-    with torch.device("meta"):
-        load = keep_run.prepare(config, script.model_name_or_path, {})
-        twin = load.from_config(config, **remote)
-    keep_run.freeze_beside_text(twin)
-    is_high = {*choose_parameters(twin, script.train)} <= {*choose_parameters(twin, "last_block")}
-    in_vain = training.activation_checkpointing and is_high
-    check(not in_vain, "--activation_checkpointing true only costs time: nothing below is trained.")
-
-
 # ---- 4. Training ----
 
 
@@ -375,7 +360,8 @@ def main(argv=None):
     datasets.disable_progress_bars()
     try:
         script, training, given = parse(argv)
-        check_part(script, training)
+        if keep_run:
+            keep_run.check_part(script, training, choose_parameters)
         resume, run = find_run(script, training, given)
         tokenizer, max_length = load_tokenizer(script)
         data = load_data(script, training, tokenizer, max_length, run.get("data", os.urandom(8)))
@@ -459,13 +445,6 @@ class FineTuner(Trainer):
             self.last, self.tokens_seen = now, self.tokens_seen + tokens
         super().log(logs, start_time)
 
-    def _load_best_model(self):
-        if self.is_deepspeed_enabled or hasattr(self.model, "peft_config"):
-            return super()._load_best_model()
-        # Trainer compares names as they stand in the file, where gpt_neox's head has another.
-        best = type(self.model).from_pretrained(self.state.best_model_checkpoint, dtype="float32")
-        return self.model.load_state_dict(best.state_dict())
-
 
 # ---- 5. Guard rails: no need to read ----
 
@@ -507,11 +486,7 @@ def parse(argv):
     reason = choose_precision(values)
     values.update(disable_tqdm=True, accelerator_config=None, remove_unused_columns=False)
     if keep_run:
-        values["save_total_limit"] = None  # it removes old checkpoints itself, only this run's
-    if values["early_stopping_patience"] is not None:
-        when, steps = values["save_strategy"], values["save_steps"]
-        check(when in ("steps", "epoch"), "--early_stopping_patience needs --save_strategy steps.")
-        values.update(eval_strategy=when, eval_steps=steps, load_best_model_at_end=True)
+        keep_run.settle(values)
     script, training = parser.parse_dict(values)
     script.reason = reason
     if keep_run:
@@ -542,11 +517,12 @@ def find_run(script, training, given):
     """Return (checkpoint to go on from or None, record of this run)."""
     if keep_run:
         return keep_run.find_run(script, training, given, __file__)
-    output_dir, asked = Path(training.output_dir), training.resume_from_checkpoint
-    remedy = "put the directory `jobs` beside the one of this script"
+    output_dir, remedy = Path(training.output_dir), "put `jobs` beside this script's directory"
+    asked = {training.resume_from_checkpoint, training.deepspeed, training.load_best_model_at_end}
+    asked = (asked | {script.early_stopping_patience}) - {None, False}
     is_new = not output_dir.exists() or not [*output_dir.iterdir()]
     check(is_new, f"{output_dir} is not empty. Choose another --output_dir; to go on, {remedy}.")
-    check(not asked and not training.deepspeed, f"to resume, or for DeepSpeed, {remedy}.")
+    check(not asked, f"to resume, to keep the best model, or for DeepSpeed, {remedy}.")
     say("alone", f"once cut off, this run cannot go on, nor does it stop in time: {remedy}")
     return None, {}
 
@@ -720,8 +696,6 @@ def begin(script, trainer, given, run, resume):
     model.config.use_cache = True  # for whoever loads the result; batches say False
     trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # gradients once, not twice
     trainer.remove_callback(transformers.PrinterCallback)
-    if script.early_stopping_patience is not None:
-        trainer.add_callback(transformers.EarlyStoppingCallback(script.early_stopping_patience))
     if keep_run:
         trainer.add_callback(keep_run.KeepRun(trainer, given, run, resume))
     trainer.began = trainer.last = time.time()
@@ -730,10 +704,6 @@ def begin(script, trainer, given, run, resume):
 def save_results(trainer, run):
     """Model, tokenizer, trainer_state.json; all_results.json last: it marks the run as finished."""
     trainer.save_model()
-    output_dir = Path(trainer.args.output_dir)
-    written = output_dir.glob("*.safetensors") if trainer.args.should_save else ()
-    for file in written:  # as readable as the rest, not by the owner only
-        file.chmod((output_dir / "tokenizer_config.json").stat().st_mode)
     history = trainer.state.log_history
     evaluation = {} if trainer.args.load_best_model_at_end or len(history) < 2 else history[-2]
     if trainer.eval_dataset is not None and "eval_loss" not in evaluation:
@@ -747,8 +717,8 @@ def save_results(trainer, run):
     peaks = trainer.accelerator.gather(torch.tensor([peaks], device=trainer.args.device)).amax(0)
     memory, reserved = peaks.tolist()
     results = {**run, "train_loss": loss, "train_runtime": seconds, "steps": count}
-    results |= {"train_tokens_per_second": speed, "peak_memory_gib": memory}
-    results |= {"peak_reserved_gib": reserved}
+    results |= {"train_tokens_per_second": speed}
+    results |= {"peak_memory_gib": memory, "peak_reserved_gib": reserved}
     results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     trainer.save_metrics("all", results, combined=False)
     speed = f"{count:,} steps, {seconds:,.0f} s, {speed:,.0f} tok/s"

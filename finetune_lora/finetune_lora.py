@@ -299,31 +299,27 @@ def add_adapter(script, training, tokenizer, model):
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    whole = find_modules(model, script, "modules_to_save")
-    targets = find_modules(model, script, "lora_target_modules")
-    inside = tuple(f"{name}." for name in whole)
-    targets = [name for name in targets if not f"{name}.".startswith(inside)]
-    is_good = targets or script.lora_target_modules == ["none"]
-    check(is_good, "--modules_to_save holds all that --lora_target_modules names.")
-    modules, experts, weights = targets, [], []
-    if model_layers:
-        modules, experts, weights = model_layers.split(model, targets)
+    whole, weights, modules = script.modules_to_save, [], script.lora_target_modules
+    if model_layers:  # experts, too, and nothing that passes an adapter by
+        modules, weights, whole = model_layers.find_targets(model, script)
+    else:
+        is_plain = not whole and all(weight.dim() < 3 for weight in model.parameters())
+        problem = "--modules_to_save, experts and Mamba layers need `jobs` beside"
+        check(is_plain, f"{problem} this script's directory.")
+        modules = {"all-linear": "all-linear", "none": []}.get(",".join(modules), modules)
     # A file may hold a head of its own in spite of its configuration, as Falcon's does.
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     model.config.tie_word_embeddings = head.weight is embedding.weight
     ends = [embedding] if head.weight is embedding.weight else [embedding, head]
     ends = [name for name, module in model.named_modules() if module in ends]
     rows = [tokenizer.get_vocab()[token] for token in script.new_tokens]
-    problem = "--lora_dropout does not work on experts. Leave it out, or name --lora_target_modules"
-    check(not (experts + weights and script.lora_dropout), f"{problem} {ends_of(modules)}.")
-    coverage = model_layers.coverage(model, targets) if model_layers else "not weighed"
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=script.lora_r,
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
         target_modules=modules or DUMMY_TARGET_MODULES,  # which match no layer
-        target_parameters=experts + weights or None,
+        target_parameters=weights or None,
         modules_to_save=whole or None,
         trainable_token_indices=dict.fromkeys(ends, rows) if rows else None,
     )
@@ -333,47 +329,9 @@ def add_adapter(script, training, tokenizer, model):
     for parameter in model.parameters():
         if parameter.requires_grad:  # some of DeepSpeed's files want 16 bit, and keep fp32 copies
             parameter.data = parameter.data.to(getattr(training, "kept_in", torch.float32))
-    lost = ends_of({*modules} - {*model.base_model.targeted_module_names})
+    lost = {*modules} - {*model.base_model.targeted_module_names} if model_layers else ()
     check(not lost, f"PEFT puts nothing beside {lost}: name others by --lora_target_modules.")
-    say_adapter(script, modules + weights, experts, whole, coverage)
     return model
-
-
-def say_adapter(script, modules, experts, whole, coverage):
-    text = f"LoRA of rank {script.lora_r} on {len(modules)} layers ({ends_of(modules) or 'none'})"
-    each = f", and for each expert on {len(experts)} stacks ({ends_of(experts)})"
-    say("adapter", text + each * bool(experts))
-    if whole:
-        say("whole", ", ".join(whole))
-    say("coverage", coverage)
-
-
-def find_modules(model, script, option):
-    """The full names of the modules that an option names, by their name or the end of it."""
-    given, found, modules = getattr(script, option), [], dict(model.named_modules())
-    if option == "modules_to_save":  # what is quantised cannot be trained
-        numbers = {name: [*module.parameters()] for name, module in modules.items() if name}
-        fitting = [n for n, w in numbers.items() if w and all(x.is_floating_point() for x in w)]
-    elif model_layers:  # experts, too, and nothing that passes an adapter by
-        fitting = model_layers.fitting(model)
-    else:
-        kinds = torch.nn.Linear, transformers.pytorch_utils.Conv1D
-        head = model.get_output_embeddings()
-        fitting = [n for n, m in modules.items() if isinstance(m, kinds) and m is not head]
-        is_plain = all(weight.dim() < 3 for weight in model.parameters())
-        check(is_plain, "experts and Mamba layers need `jobs` beside this script's directory.")
-    for end in given if given not in (["all-linear"], ["none"]) else ():
-        new = [name for name in fitting if f".{name}".endswith(f".{end}")]
-        check(new, f"--{option} {end}: it can be {ends_of(fitting)}.")
-        found += new
-    inside = [name for name in found if name.startswith(tuple(f"{outer}." for outer in found))]
-    check(not inside, f"--{option}: {', '.join(inside)} stands inside another one. Leave it out.")
-    return fitting if given == ["all-linear"] else found
-
-
-def ends_of(names):
-    """How names end, each once."""
-    return ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}))
 
 
 # ---- 4. Training ----
@@ -471,13 +429,6 @@ class FineTuner(Trainer):
             self.last, self.tokens_seen = now, self.tokens_seen + tokens
         super().log(logs, start_time)
 
-    def _load_best_model(self):
-        if self.is_deepspeed_enabled or hasattr(self.model, "peft_config"):
-            return super()._load_best_model()
-        # Trainer compares names as they stand in the file, where gpt_neox's head has another.
-        best = type(self.model).from_pretrained(self.state.best_model_checkpoint, dtype="float32")
-        return self.model.load_state_dict(best.state_dict())
-
 
 # ---- 5. Guard rails: no need to read ----
 
@@ -519,11 +470,7 @@ def parse(argv):
     reason = choose_precision(values)
     values.update(disable_tqdm=True, accelerator_config=None, remove_unused_columns=False)
     if keep_run:
-        values["save_total_limit"] = None  # it removes old checkpoints itself, only this run's
-    if values["early_stopping_patience"] is not None:
-        when, steps = values["save_strategy"], values["save_steps"]
-        check(when in ("steps", "epoch"), "--early_stopping_patience needs --save_strategy steps.")
-        values.update(eval_strategy=when, eval_steps=steps, load_best_model_at_end=True)
+        keep_run.settle(values)
     script, training = parser.parse_dict(values)
     script.reason = reason
     if keep_run:
@@ -554,11 +501,12 @@ def find_run(script, training, given):
     """Return (checkpoint to go on from or None, record of this run)."""
     if keep_run:
         return keep_run.find_run(script, training, given, __file__)
-    output_dir, asked = Path(training.output_dir), training.resume_from_checkpoint
-    remedy = "put the directory `jobs` beside the one of this script"
+    output_dir, remedy = Path(training.output_dir), "put `jobs` beside this script's directory"
+    asked = {training.resume_from_checkpoint, training.deepspeed, training.load_best_model_at_end}
+    asked = (asked | {script.early_stopping_patience}) - {None, False}
     is_new = not output_dir.exists() or not [*output_dir.iterdir()]
     check(is_new, f"{output_dir} is not empty. Choose another --output_dir; to go on, {remedy}.")
-    check(not asked and not training.deepspeed, f"to resume, or for DeepSpeed, {remedy}.")
+    check(not asked, f"to resume, to keep the best model, or for DeepSpeed, {remedy}.")
     say("alone", f"once cut off, this run cannot go on, nor does it stop in time: {remedy}")
     return None, {}
 
@@ -732,8 +680,6 @@ def begin(script, trainer, given, run, resume):
     model.config.use_cache = True  # for whoever loads the result; batches say False
     trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # gradients once, not twice
     trainer.remove_callback(transformers.PrinterCallback)
-    if script.early_stopping_patience is not None:
-        trainer.add_callback(transformers.EarlyStoppingCallback(script.early_stopping_patience))
     if keep_run:
         trainer.add_callback(keep_run.KeepRun(trainer, given, run, resume))
     trainer.began = trainer.last = time.time()
@@ -742,10 +688,6 @@ def begin(script, trainer, given, run, resume):
 def save_results(trainer, run):
     """Model, tokenizer, trainer_state.json; all_results.json last: it marks the run as finished."""
     trainer.save_model()
-    output_dir = Path(trainer.args.output_dir)
-    written = output_dir.glob("*.safetensors") if trainer.args.should_save else ()
-    for file in written:  # as readable as the rest, not by the owner only
-        file.chmod((output_dir / "tokenizer_config.json").stat().st_mode)
     history = trainer.state.log_history
     evaluation = {} if trainer.args.load_best_model_at_end or len(history) < 2 else history[-2]
     if trainer.eval_dataset is not None and "eval_loss" not in evaluation:
@@ -759,8 +701,8 @@ def save_results(trainer, run):
     peaks = trainer.accelerator.gather(torch.tensor([peaks], device=trainer.args.device)).amax(0)
     memory, reserved = peaks.tolist()
     results = {**run, "train_loss": loss, "train_runtime": seconds, "steps": count}
-    results |= {"train_tokens_per_second": speed, "peak_memory_gib": memory}
-    results |= {"peak_reserved_gib": reserved}
+    results |= {"train_tokens_per_second": speed}
+    results |= {"peak_memory_gib": memory, "peak_reserved_gib": reserved}
     results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     trainer.save_metrics("all", results, combined=False)
     speed = f"{count:,} steps, {seconds:,.0f} s, {speed:,.0f} tok/s"

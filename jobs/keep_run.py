@@ -24,9 +24,10 @@ from check_arguments import (  # noqa: F401 -- for the scripts
     check_tokens,
     read_words,
     refuse,
+    settle,
 )
 from find_run import find_run  # noqa: F401
-from model_layers import freeze_beside_text, prepare  # noqa: F401
+from model_layers import check_part, freeze_beside_text, prepare  # noqa: F401
 from run_common import check, fail
 from run_files import (
     find_checkpoints,
@@ -54,6 +55,10 @@ class KeepRun(transformers.TrainerCallback):
         if hasattr(trainer.model, "peft_config"):
             weights = trained
         self.save_bytes = 4 * weights + moments * trained
+        if (patience := given.get("early_stopping_patience")) is not None:
+            trainer.add_callback(transformers.EarlyStoppingCallback(patience))
+        if not (trainer.is_deepspeed_enabled or hasattr(trainer.model, "peft_config")):
+            trainer._load_best_model = partial(load_best_model, trainer)
         self.reason, self.is_agreed, self.evaluating = None, False, 0
         self.saving, self.longest, self.last = self.save_bytes / 5e8, 0, time.time()  # 0.5 GB/s
         if resume:
@@ -165,6 +170,13 @@ class KeepRun(transformers.TrainerCallback):
             leave(f"by {self.reason or 'SIGTERM'} after step {state.global_step}, which is saved")
 
 
+def load_best_model(trainer):
+    """Trainer compares names as they stand in the file, where gpt_neox's head has another."""
+    checkpoint = trainer.state.best_model_checkpoint
+    best = type(trainer.model).from_pretrained(checkpoint, dtype="float32")
+    trainer.model.load_state_dict(best.state_dict())
+
+
 class Outlive:
     """A collator; the worker that it runs in outlives the queue's SIGTERM, which comes to all."""
 
@@ -189,7 +201,7 @@ def leave(text, alone=False):
 
 @contextmanager
 def hold(training, run):
-    """Around the training: free the lock at its end; explain in a line what its user can mend."""
+    """Around training and saving: free the lock at the end; explain what can be mended."""
     try:
         yield
     except UnpicklingError:
@@ -202,4 +214,7 @@ def hold(training, run):
                 remove(path)
         leave(f"the disk is full, the last checkpoint is whole: {error}", alone=True)
     if training.process_index == 0:
-        Path(training.output_dir, "lock").unlink(missing_ok=True)
+        output_dir = Path(training.output_dir)
+        for file in output_dir.glob("*.safetensors"):  # as readable as the rest, not by you only
+            file.chmod((output_dir / "tokenizer_config.json").stat().st_mode)
+        (output_dir / "lock").unlink(missing_ok=True)

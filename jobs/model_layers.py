@@ -11,6 +11,7 @@ from functools import cache
 import torch
 import transformers
 from run_common import check, say
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def weigh_layers(model):
@@ -43,6 +44,47 @@ def share_of(layers, names):
     """The share of the layers' weights that these hold."""
     held = sum(layers[name][0] for name in layers.keys() & names)
     return held / sum(size for size, _ in layers.values())
+
+
+def find_targets(model, script):
+    """Say what LoRA is put on; return the full names of (modules, parameters, whole modules).
+
+    Parameters are experts, and linear layers that PEFT would take for experts.
+    """
+    whole = find_names(model, script.modules_to_save, "modules_to_save")
+    targets = find_names(model, script.lora_target_modules, "lora_target_modules")
+    inside = tuple(f"{name}." for name in whole)
+    targets = [name for name in targets if not f"{name}.".startswith(inside)]
+    is_good = targets or script.lora_target_modules == ["none"]
+    check(is_good, "--modules_to_save holds all that --lora_target_modules names.")
+    modules, experts, weights = split(model, targets)
+    problem = "--lora_dropout does not work on experts. Leave it out, or name --lora_target_modules"
+    check(not (experts + weights and script.lora_dropout), f"{problem} {ends_of(modules)}.")
+    layers = modules + weights
+    text = f"LoRA of rank {script.lora_r} on {len(layers)} layers ({ends_of(layers) or 'none'})"
+    each = f", and for each expert on {len(experts)} stacks ({ends_of(experts)})"
+    say("adapter", text + each * bool(experts))
+    if whole:
+        say("whole", ", ".join(whole))
+    say("coverage", coverage(model, targets))
+    return modules, experts + weights, whole
+
+
+def find_names(model, given, option):
+    """The full names of the modules that an option names, by their name or the end of it."""
+    found = []
+    if option == "modules_to_save":  # what is quantised cannot be trained
+        numbers = {name: [*module.parameters()] for name, module in model.named_modules() if name}
+        known = [n for n, w in numbers.items() if w and all(x.is_floating_point() for x in w)]
+    else:
+        known = fitting(model)
+    for end in given if given not in (["all-linear"], ["none"]) else ():
+        new = [name for name in known if f".{name}".endswith(f".{end}")]
+        check(new, f"--{option} {end}: it can be {ends_of(known)}.")
+        found += new
+    inside = [name for name in found if name.startswith(tuple(f"{outer}." for outer in found))]
+    check(not inside, f"--{option}: {', '.join(inside)} stands inside another one. Leave it out.")
+    return known if given == ["all-linear"] else found
 
 
 def fitting(model):
@@ -102,7 +144,6 @@ def prepare_8bit(layers, dtype):
         layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
 
 
-# Copied from finetune_lora/finetune_lora.py
 def ends_of(names):
     """How names end, each once."""
     return ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}))
@@ -148,3 +189,20 @@ def beside_text(model):
     ends = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
     text = {weight for end in ends for weight in end.parameters()}
     return [name for name, weight in model.named_parameters() if weight not in text]
+
+
+def check_part(script, training, choose_parameters):
+    """Refuse a --train that means nothing, before data and weights are loaded.
+
+    `choose_parameters(model, script.train)` returns names, and refuses what it does not find.
+    """
+    if is_deepspeed_zero3_enabled():
+        return  # the twin below would be spread over the GPUs; the model itself gets the same check
+    remote = {"trust_remote_code": script.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(script.model_name_or_path, **remote)
+    with torch.device("meta"):
+        twin = prepare(config, script.model_name_or_path, {}).from_config(config, **remote)
+    freeze_beside_text(twin)
+    is_high = {*choose_parameters(twin, script.train)} <= {*choose_parameters(twin, "last_block")}
+    in_vain = training.activation_checkpointing and is_high
+    check(not in_vain, "--activation_checkpointing true only costs time: nothing below is trained.")

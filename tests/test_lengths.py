@@ -9,9 +9,9 @@ from conftest import ROOT
 # Physical lines; whatever is not named here may have 300. The aim for those that are named is
 # 625, 705, 705, 505 and 300: a limit here goes down with each cut, and up only on purpose.
 LIMITS = {
-    "finetune_full/finetune_full.py": 645,
-    "finetune_lora/finetune_lora.py": 775,
-    "finetune_lastlayer/finetune_lastlayer.py": 762,
+    "finetune_full/finetune_full.py": 629,
+    "finetune_lora/finetune_lora.py": 716,
+    "finetune_lastlayer/finetune_lastlayer.py": 732,
     "generate_text/generate_text.py": 550,
     "generate_text/chat.py": 393,
     "generate_text/convert_tokenizer.py": 330,
@@ -19,8 +19,8 @@ LIMITS = {
 }
 # Lines in which `diff` finds a script other than finetune_full.py: the lesson and little else.
 DIFFERENCES = {
-    "finetune_lora/finetune_lora.py": 165,
-    "finetune_lastlayer/finetune_lastlayer.py": 160,
+    "finetune_lora/finetune_lora.py": 120,
+    "finetune_lastlayer/finetune_lastlayer.py": 130,
 }
 FILES = subprocess.run(
     ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
