@@ -150,16 +150,21 @@ class KeepRun(transformers.TrainerCallback):
             self.trainer.accelerator.wait_for_everyone()
 
     def on_train_end(self, args, state, control, **kwargs):
-        # What a model that sees shows its images with is the base's: the result is one, too.
-        for file in IMAGES if args.should_save else ():
+        if args.should_save:
+            self.copy_images(args.output_dir)
+
+    def copy_images(self, directory):
+        """What a model that sees shows its images with: what is saved is such a model, too."""
+        for file in IMAGES:
             with suppress(Exception):  # a hub's answer must not cost a training
-                shutil.copy(cached_file(self.base, file), args.output_dir)
+                shutil.copy(cached_file(self.base, file), directory)
 
     def on_save(self, args, state, control, **kwargs):
         self.saving = 0  # from now on it is in the longest step
         self.trainer.accelerator.wait_for_everyone()  # all have written
         if args.should_save:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            self.copy_images(path)
             write_mark(path, self.run_id, is_complete=True)
             for old in find_checkpoints(path.parent, self.run_id)[: -self.keep]:
                 if old != Path(state.best_model_checkpoint or ""):
@@ -218,3 +223,21 @@ def hold(training, run):
         for file in output_dir.glob("*.safetensors"):  # as readable as the rest, not by you only
             file.chmod((output_dir / "tokenizer_config.json").stat().st_mode)
         (output_dir / "lock").unlink(missing_ok=True)
+        with suppress(Exception):  # the result is saved; a note must not cost it
+            tell_tokenizer(output_dir)
+
+
+def tell_tokenizer(directory):
+    """Say in README.md how the result's tokenizer is read where AutoTokenizer reads another."""
+    own = transformers.TokenizersBackend.from_pretrained(directory)  # tokenizer.json as it stands
+    text = "It's WE'LL 1234567  ｱＡＢ鬱😀\n\n\n" + own.decode([*range(0, len(own), 7)])
+    with suppress(TypeError):  # a class may not even take in the file
+        plain = transformers.AutoTokenizer.from_pretrained(directory)
+        if plain(text)["input_ids"] == own(text)["input_ids"]:
+            return
+    file = directory / "README.md"
+    before = file.read_text("utf-8") if file.exists() else ""
+    if "PreTrainedTokenizerFast" not in before:
+        call = "PreTrainedTokenizerFast.from_pretrained(DIR)"
+        note = f"AutoTokenizer gives other ids than tokenizer.json here. Type\n\n    {call}"
+        file.write_text(f"{before}\n# Tokenizer\n\n{note}\n", "utf-8")

@@ -5,8 +5,11 @@ conftest.py. What a configuration class does not know is left out, so one set of
 """
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 
+import coverage_grid
 import seven_grid as grid
 import torch
 from conftest import ROOT, ROWS, load_script, make_tokenizer, write_jsonl
@@ -14,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BitsAndBytesConfig,
     GenerationConfig,
 )
 
@@ -188,11 +192,61 @@ def last_layer(kind, model, folder):
     return ""
 
 
-def generate(kind, model, folder):
+def adapter(kind, model, folder):
+    """LoRA: losses by hand, a gradient for each weight, the share that is said, reloaded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = write_jsonl(folder / "train.jsonl", ROWS)
+    return coverage_grid.adapter(model, str(folder / "out"), data, lambda path: load(kind, path)[0])
+
+
+def merge(kind, model, folder):
+    """The adapter's merged model has its logits."""
+    trained = folder.parent / "LoRA"
+    if not (trained / "out" / "adapter_config.json").is_file():
+        text = adapter(kind, model, trained)
+        if not text.startswith("ok"):
+            return text
+    out = str(trained / "out")
+    return coverage_grid.merge(model, out, lambda path: load(kind, path)[0])
+
+
+def four_bit(kind, model, folder):
+    """At rate 0 the loss of the model that transformers itself rounds; the share, if refused."""
+    bits = ["--load_in_4bit", "true", "--lora_r", 4]
+    out, error = grid.train("lora", model, folder / "asked", *grid.ONCE, *bits)
+    auto = AutoModelForImageTextToText if kind in COMPOSITE else AutoModelForCausalLM
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                             bnb_4bit_use_double_quant=True,
+                             bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
+    net = auto.from_pretrained(
+        model, dtype=torch.float32, quantization_config=nf4, device_map={"": "cpu"}
+    )
+    for module in net.modules():
+        module.support_avx512bf16_for_cpu = False
+    if found := re.search(r"only ([\d.]+)% of the layers' weights can be in", error):
+        whole, towers = load(kind, model)
+        done = {f"{n}.weight" for n, m in net.named_modules() if "4bit" in type(m).__name__}
+        share = f"{100 * coverage_grid.covered(whole, done - towers):.1f}"
+        if share != found[1]:
+            return f"{share}% can be rounded: {error}"
+        bits += ["--allow_partly_quantized", "true"]
+        out, other = grid.train("lora", model, folder / "allowed", *grid.ONCE, *bits)
+        error = other or ("" if done else error)
+    if "PEFT puts nothing beside" in error:  # dense layers beside experts, in 8 and 4 bit
+        return f"refused: {error.removeprefix('error: ').partition(':')[0]} in 4 bit"
+    if error:
+        return error
+    loss, wanted = grid.train_loss(out), grid.token_mean(net, grid.tokens(out))
+    if abs(loss - wanted) > 1e-3:
+        return f"loss {loss} instead of {wanted}"
+    return f"refused: only {found[1]}% can be in 4 bit; right if allowed" if found else ""
+
+
+def generate(kind, model, folder, sizes=(4, 1)):
     """In batches, one by one, and token by token without a cache: the same text."""
     folder.mkdir(parents=True, exist_ok=True)
     data, texts = write_jsonl(folder / "prompts.jsonl", ROWS[:4]), []
-    for size in (4, 1):
+    for size in sizes:
         out = folder / f"by{size}.jsonl"
         words = ["--model_name_or_path", model, "--prompt_file", data, "--output_file", out]
         _, error = grid.call(grid.GENERATE, *words, "--max_new_tokens", 8, "--batch_size", size)
@@ -203,8 +257,9 @@ def generate(kind, model, folder):
     net, tokenizer = load(kind, model)[0], grid.tokens(model)
     answers = [grid.greedy(net, tokenizer(row["prompt"])["input_ids"], 8, {0}) for row in ROWS[:4]]
     texts.append([tokenizer.decode(answer, skip_special_tokens=True) for answer in answers])
-    is_same = texts[0] == texts[1] == texts[2]
-    return "" if is_same else f"{texts[0]} batched, {texts[1]} alone, {texts[2]} without a cache"
+    if any(text != texts[-1] for text in texts):
+        return f"{texts[:-1]} in batches of {sizes}, {texts[-1]} without a cache"
+    return ""
 
 
 def chat(kind, model, folder):
@@ -224,7 +279,36 @@ def chat(kind, model, folder):
     return "" if is_same else f"{prompt} asked, {ids} trained"
 
 
-METHODS = {"full": full, "last layer": last_layer, "generate": generate, "chat": chat}
+METHODS = {
+    "full": full, "last layer": last_layer, "LoRA": adapter, "4 bit": four_bit, "merge": merge,
+    "generate": partial(generate, sizes=[1]), "batched": partial(generate, sizes=[4]),
+    "chat": chat,
+}  # fmt: skip
+ZERO = {"ZeRO-2": "finetune_full", "LoRA, ZeRO-2": "finetune_lora"}
+
+
+def zero(folder, table):
+    """Fill in the columns of DeepSpeed, compared as in matrix.py's own grid."""
+    import matrix
+
+    write_jsonl(folder / "train.jsonl", ROWS)
+    short, steps = ["--max_length", 64], 8
+    for method, script in ZERO.items():
+        outs = {
+            kind: matrix.together(folder, "zero2", script, kind, short, steps)
+            for kind, row in table.items()
+            if method in row
+        }
+        runs = [runs[0] for _, runs in outs.values()]
+        errors = matrix.launch(runs, folder / f"launch {method}") if runs else []
+        for (kind, (out, _)), error in zip(outs.items(), errors, strict=True):
+            try:
+                alone = matrix.alone(folder, script, kind, short, steps)
+                text = error or matrix.check([error], out, alone)
+            except SystemExit:
+                text = "not even without DeepSpeed"
+            table[kind][method] = text
+            print(f"{kind}, {method}: {text[:300]}", flush=True)
 
 
 def run(folder, wanted=lambda name: True):
@@ -232,7 +316,8 @@ def run(folder, wanted=lambda name: True):
     table = {}
     for kind in families():
         methods = [method for method in METHODS if wanted(f"{kind} {method}")]
-        model = make(kind, folder / kind / "published") if methods else None
+        pieces = [method for method in ZERO if wanted(f"{kind} {method}")]
+        model = make(kind, folder / "models" / kind) if methods or pieces else None
         for method in methods:
             try:
                 text = METHODS[method](kind, model, folder / kind / method) or "ok"
@@ -240,4 +325,7 @@ def run(folder, wanted=lambda name: True):
                 text = f"{type(error).__name__}: {error}"
             table.setdefault(kind, {})[method] = text
             print(f"{kind}, {method}: {text[:300]}", flush=True)
+        for method in pieces:
+            table.setdefault(kind, {})[method] = ""
+    zero(folder, table)
     return table

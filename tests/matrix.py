@@ -20,8 +20,16 @@ seven       the seven models of README and three of today's, small but with thei
 coverage    LoRA on architectures with experts, Mamba layers or routers: losses, gradients, reloaded
             and merged answers against a calculation by hand (coverage_grid.py)
 
-By hand     python tests/matrix.py                        everything; 13 minutes on two cores
+families    small models of today's architectures, and of those that see, x every method
+            (families.py); LoRA's cells say which share of the layers' weights it stands beside
+
+tokenizers  every class that a tokenizer's files may name x every kind of tokenizer, each under 50
+            types of model: the ids are those of tokenizer.json. "ok 7": in 7 types AutoTokenizer
+            does not read what was saved, and a line says what does (test_tokenizers.py)
+
+By hand     python tests/matrix.py                        everything
             python tests/matrix.py --only 'zero3 .* mpt'  the cells with this regular expression
+            python tests/matrix.py families --only '^(qwen|gemma)' --merge    a piece at a time
 """
 
 import argparse
@@ -40,12 +48,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import coverage_grid
+import families
 import seven_grid
+import test_tokenizers
 import torch
+import transformers
 import yaml
 from conftest import ROOT, ROWS, load_script, make_checkpoint, write_jsonl
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 # ---- Runs: many in one launch, since imports take longer than they do ----
 
@@ -145,10 +156,18 @@ def logged(directory, name="loss"):
     return [entry[name] for entry in history if name in entry]
 
 
+def auto_class(directory):
+    """The class that a model was published as."""
+    sees = type(AutoConfig.from_pretrained(directory))
+    sees = sees in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+
+
 def load(directory):
     """The result as generate_text.py loads it: a plain model, or an adapter on its base."""
     if not (directory / "adapter_config.json").is_file():
-        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+        auto = auto_class(directory)
+        model, info = auto.from_pretrained(directory, output_loading_info=True)
         assert not info["missing_keys"], info["missing_keys"]
         return model
     from peft import PeftModel
@@ -160,7 +179,7 @@ def load(directory):
     if bits:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         bits = {"quantization_config": BitsAndBytesConfig(**bits, **nf4), "device_map": {"": "cpu"}}
-    base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **bits)
+    base = auto_class(base).from_pretrained(base, dtype=dtype, **bits)
     for module in base.modules():
         module.support_avx512bf16_for_cpu = False  # else an evaluation repacks the weights
     return PeftModel.from_pretrained(base, directory)
@@ -302,55 +321,80 @@ def combinations(folder, wanted):
 
 # A further grid is a further function(folder, wanted) -> {row: {column: text}}.
 GRIDS = {"deepspeed": deepspeed, "combinations": combinations, "seven": seven_grid.seven,
-         "coverage": coverage_grid.coverage}  # fmt: skip
+         "coverage": coverage_grid.coverage, "families": families.run,
+         "tokenizers": test_tokenizers.grid}  # fmt: skip
+RESULTS = ROOT / "tests" / "matrix.md"
 
 
-def as_markdown(table):
+def as_markdown(name, table, day):
+    """A section of the results: how many cells are what, when it was run with which versions."""
+    texts = [text for row in table.values() for text in row.values()]
+    good, refused = (sum(text.startswith(word) for text in texts) for word in ("ok", "refused"))
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(row.get(column, "") for column in columns)] for name, row in table.items()]
-    return "\n".join("| " + " | ".join(line).replace("\n", " ") + " |" for line in lines)
+    lines += [[row, *(cells.get(c, "") for c in columns)] for row, cells in table.items()]
+    title = f"## {name}: {good} of {len(texts)} ok, {refused} refused on purpose"
+    lines = ["| " + " | ".join(line).replace("\n", " ") + " |" for line in lines]
+    return "\n".join([title, "", day, "", *lines])
+
+
+def read_results():
+    """{grid: (the line that says when, {row: {column: text}})} of the file as it is."""
+    found = {}
+    for section in RESULTS.read_text(encoding="utf-8").split("\n## ")[1:]:
+        title, _, day, _, head, _, *lines = section.strip().splitlines()
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in [head, *lines]]
+        names, table = rows[0][1:], {}
+        for row, *cells in rows[1:]:
+            table[row] = {n: text for n, text in zip(names, cells, strict=True) if text}
+        found[title.partition(":")[0]] = day, table
+    return found
+
+
+def write_results(tables, is_piece):
+    """Put these grids, or these cells of them, into the file; the others stay as they are."""
+    found, packages = read_results(), ("torch", "transformers", "accelerate", "peft", "deepspeed",
+                                       "bitsandbytes")  # fmt: skip
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    for name, table in tables.items():
+        day = f"Run on {date.today()}: {versions}."
+        if is_piece and name in found:
+            before, old = found[name]
+            table = {row: old.get(row, {}) | table.get(row, {}) for row in {**old, **table}}
+            first = before.split()[2].rstrip(":")
+            day = day.replace("on", f"from {first} to", 1) if first != str(date.today()) else day
+        found[name] = day, table
+    parts = [as_markdown(name, *found[name][::-1]) for name in GRIDS if name in found]
+    head = "# What works\n\nWritten by `python tests/matrix.py`, on CPU; each grid says when."
+    RESULTS.write_text("\n\n".join([head, *parts]) + "\n", encoding="utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument(
-        "grids",
-        nargs="*",
-        default=[*GRIDS],
-        metavar="GRID",
-        help=f"From {', '.join(GRIDS)}; or all.",
-    )
-    parser.add_argument(
-        "--only", default="", help="Regular expression: the cells to run; writes no file."
-    )
+    grids = f"From {', '.join(GRIDS)}; or all."
+    parser.add_argument("grids", nargs="*", default=[*GRIDS], metavar="GRID", help=grids)
+    only = "Regular expression: the cells to run; writes no file without --merge."
+    parser.add_argument("--only", default="", help=only)
+    parser.add_argument("--merge", action="store_true", help="Write the cells of --only, too.")
     args = parser.parse_args()
     if unknown := set(args.grids) - set(GRIDS):
         parser.error(f"no grid {', '.join(unknown)}; there are {', '.join(GRIDS)}")
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     torch.set_num_threads(1)
-    names = ("torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes")
-    parts, failed, began = [], 0, time.time()
+    tables, failed = {}, 0
     folder = Path(tempfile.mkdtemp(prefix="matrix"))
     os.environ["HF_HOME"] = str(folder / "hf")
     for grid in args.grids:
-        table = GRIDS[grid](folder / grid, lambda name: re.search(args.only, name))
-        count = [text for row in table.values() for text in row.values()]
-        good, refused = count.count("ok"), count.count("refused")
-        failed += len(count) - good - refused
-        title = f"## {grid}: {good} of {len(count)} ok, {refused} refused on purpose"
-        parts.append(f"{title}\n\n{as_markdown(table)}")
-        print(parts[-1])
+        tables[grid] = GRIDS[grid](folder / grid, lambda name: re.search(args.only, name))
+        texts = [text for row in tables[grid].values() for text in row.values()]
+        failed += sum(not text.startswith(("ok", "refused")) for text in texts)
+        print(as_markdown(grid, tables[grid], str(date.today())))
     if failed:
         print(f"{failed} not ok; what they left is in {folder}")
     else:
         shutil.rmtree(folder)
-    head = (f"# What works\n\nWritten by `python tests/matrix.py` on {date.today()} in "
-            f"{(time.time() - began) / 60:.0f} minutes, on CPU: "
-            + ", ".join(f"{name} {version(name)}" for name in names) + ".")  # fmt: skip
-    if not args.only and set(args.grids) == set(GRIDS):
-        text = "\n\n".join([head, *parts]) + "\n"
-        (ROOT / "tests" / "matrix.md").write_text(text, encoding="utf-8")
+    if args.merge or not args.only:
+        write_results(tables, bool(args.only))
     raise SystemExit(bool(failed))
 
 

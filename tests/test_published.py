@@ -248,6 +248,16 @@ def test_composites(kind, method, models, tmp_path):
     assert families.METHODS[method](kind, models[kind], tmp_path) == ""
 
 
+def test_checkpoints_of_a_composite(models, tmp_path):
+    """Each is one, too: it shows images with what its base shows them with."""
+    more = ["--save_strategy", "steps", "--save_steps", 2]
+    out, error = grid.train("lastlayer", models["gemma3"], tmp_path, *more)
+    assert not error
+    for directory in (out / "checkpoint-2", out):
+        name = type(AutoImageProcessor.from_pretrained(directory)).__name__
+        assert name.startswith("Gemma3ImageProcessor")
+
+
 def test_composite_is_whole(models, tmp_path):
     """Saved as what it was, the tower bit by bit; the last block is the text's."""
     out, error = grid.train("lastlayer", models["gemma3"], tmp_path, "--train", "last_block")

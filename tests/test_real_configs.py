@@ -285,7 +285,8 @@ def gigabytes_by_hand(name, method, config=None):
 def test_table_of_the_models(readme):
     found = []
     for cells in rows(readme):
-        if match := re.fullmatch(r"\[(.+)\]\(https://huggingface\.co/(.+)\)", cells[0]):
+        match = re.fullmatch(r"\[(.+)\]\(https://huggingface\.co/(.+)\)", cells[0])
+        if match and len(cells) == 6:  # today's have a test of their own
             name, entry = match[1], MODELS[match[1]]
             assert match[2] == entry["hub_id"]
             assert cells[1:4] == [

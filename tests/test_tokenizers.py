@@ -8,12 +8,14 @@ import io
 import json
 import shutil
 
+import families
 import pytest
+import seven_grid
 from conftest import ROOT, ROWS, load_script
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto import tokenization_auto as auto
 
 TEXTS = [
@@ -175,12 +177,50 @@ def test_every_type_that_transformers_overrides(script, made, tmp_path):
     assert {"qwen2", "qwen3_5", "qwen3_5_moe"} <= lost and len(lost) < 10, lost
 
 
-def grid(script, made, folder):
-    """Every combination; tests/matrix.py is to call this. Returns how many there are."""
-    cells = [(k, n, t) for k in made for n in CLASSES for t in TYPES + OVERRIDDEN]
-    for kind, name, model_type in cells:
-        check_one(script, folder / "cell", made[kind], name, model_type)
-    return len(cells)
+@pytest.mark.parametrize(
+    ("kind", "method", "is_told"),
+    [("qwen2", "full", True), ("qwen3_5_text", "full", False), ("qwen2", "lora", False)],
+)
+def test_what_the_readme_says(kind, method, is_told, made, tmp_path):
+    """It names what reads the ids, exactly where AutoTokenizer would not."""
+    publish(tmp_path / "base", made["digits by three"], "PreTrainedTokenizerFast", kind)
+    model = families.families()[kind](made["digits by three"].get_vocab_size())
+    AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path / "base")
+    out, error = seven_grid.train(method, tmp_path / "base", tmp_path / "run")
+    assert not error, error
+    text = (out / "README.md").read_text() if (out / "README.md").exists() else ""
+    assert text.count("PreTrainedTokenizerFast.from_pretrained(DIR)") == is_told
+    loads = (AutoTokenizer, PreTrainedTokenizerFast)
+    right = [is_right(load.from_pretrained(out), made["digits by three"]) for load in loads]
+    assert right == [not is_told, True]
+    assert (method == "lora") == ("library_name: peft" in text)
+
+
+def grid(folder, wanted):
+    """{class: {kind: text}} of every combination, for tests/matrix.py (see there)."""
+    script, table = load_script(ROOT / "finetune_full" / "finetune_full.py"), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = ("bytes", "digits by three", "unigram", "byte fallback", "wordpiece")
+    for name in CLASSES:
+        for kind in filter(lambda kind: wanted(f"{name} {kind}"), kinds):
+            text = check_types(script, folder, make(kind), name)
+            table.setdefault(str(name), {})[kind] = text
+            print(f"{name}, {kind}: {text}", flush=True)
+    return table
+
+
+def check_types(script, folder, wanted, name):
+    """A cell: this tokenizer and this class, under every type of model."""
+    lost, wrong = 0, []
+    for model_type in TYPES + OVERRIDDEN:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                lost += check_one(script, folder / "cell", wanted, name, model_type)
+        except (AssertionError, SystemExit) as error:
+            wrong.append(f"{model_type}: {said.getvalue().strip() or error!r}")
+            shutil.rmtree(folder / "cell")
+    return "; ".join(wrong) or (f"ok {lost}" if lost else "ok")
 
 
 def test_what_a_file_asks_for(script, made, tmp_path, capsys):
