@@ -1,31 +1,50 @@
 #!/usr/bin/env python3
-"""Score the answers that generate_text.py wrote to a file prepared by prepare_jglue.py.
+"""Ask a model JGLUE's questions and score its answers, or score answers that are there already.
 
 JSQuAD: exact match and character F1 as JGLUE defines them. JCommonsenseQA, JNLI: accuracy. JSTS:
 Pearson and Spearman correlation. Of each generated text only the first line is read (the prompts
 ask for one), and what cannot be read as an answer is counted and is wrong; in JSTS it stands for
-2.5, the middle of the scale.
+2.5, the middle of the scale. JCommonsenseQA and JNLI are also scored without reading: the answer
+is then the choice that the model finds likeliest (score_choices.py).
 
+    python evaluate_jglue.py --task all --model_name_or_path MODEL             (zero-shot)
+    python evaluate_jglue.py --task all --model_name_or_path MODEL --num_fewshot 4
     python evaluate_jglue.py --task jsquad --prediction_file output/jsquad_generated.jsonl
-    qsub -P GROUP job.sh                                       (preparation, generation and this)
+    qsub -P GROUP -v TASK=all job.sh                           (preparation, and the first of these)
+
+With a model: reads what prepare_jglue.py wrote, runs make_prompts.py, generate_text.py and
+score_choices.py, and writes prompts, answers and scores with 95 % intervals (JSON, Markdown) to
+--output_dir. Interrupted, the same command goes on where it stopped (status 75: not finished).
+Costs what generating costs: --limit 50 for a quick look.
 
 JGLUE's definition for JSQuAD stands in its patch to transformers' squad_metrics.py
 (https://github.com/yahoojapan/JGLUE, fine-tuning/patch): compare in lower case, without 。 at the
 end, runs of white space as one space; F1 over the characters; the best of the annotators' answers
-counts. Costs a second.
+counts.
 """
 
 import argparse
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 
 TASKS = ("jsquad", "jcommonsenseqa", "jnli", "jsts")
 JNLI_NAMES = {"含意": "entailment", "矛盾": "contradiction", "中立": "neutral"}
 MIDDLE = 2.5  # what an unreadable JSTS answer counts as
+# Options of generate_text.py and score_choices.py that go to them as they are.
+PASSED = ("batch_size", "precision", "device_map", "load_in_8bit", "load_in_4bit")
+PASSED += ("trust_remote_code", "chat_template", "chat_template_kwargs")
+METHOD = """95 % intervals: of shares of right answers Wilson's; of F1 and correlations the
+percentiles of 1,000 bootstrap samples of the questions (seed 0). Both take the questions for
+independent. acc: the likeliest choice by the sum over its tokens; acc_norm: by that sum divided by
+the choice's characters; acc_per_token: by its tokens."""
 
 
 def fail(message):
@@ -37,11 +56,48 @@ def fail(message):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--task", choices=TASKS, required=True, help="which task the file belongs to")
-    add("--prediction_file", type=Path, required=True, help="JSON Lines from generate_text.py")
-    add("--output_file", type=Path, help="also write the scores here, as JSON")
-    return parser.parse_args(argv)
+    add, switch = parser.add_argument, {"nargs": "?", "const": "true"}
+    add("--task", choices=[*TASKS, "all"], required=True, help="one task; with a model also all")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prediction_file", type=Path, help="JSON Lines from generate_text.py")
+    path = os.path.expanduser
+    what.add_argument("--model_name_or_path", type=path, help="model, adapter, or a hub name")
+    add("--output_file", type=Path, help="of a --prediction_file: also write the scores here")
+    add("--data_dir", type=Path, help="where prepare_jglue.py wrote; default: output")
+    add("--output_dir", type=Path, help="default: scores/NAME_OF_THE_MODEL in --data_dir")
+    add("--num_fewshot", type=int, help="examples from train before each question; default 0")
+    add("--apply_chat_template", **switch, choices=["true", "false"], help="ask by turns")
+    add("--limit", type=int, help="only so many questions of a task, drawn by --seed")
+    add("--seed", type=int, help="draws the examples and --limit; default 42")
+    add("--max_new_tokens", type=int, help="longest answer; default 32; time grows with it")
+    for name in PASSED:
+        is_switch = name.startswith(("load_in", "trust"))
+        add(f"--{name}", **(switch if is_switch else {}), help="as in generate_text.py")
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args):
+    """Refuse what does nothing together; then put in the defaults."""
+    given = {name for name, value in vars(args).items() if value is not None}
+    if args.prediction_file:
+        if unused := sorted(given - {"task", "prediction_file", "output_file"}):
+            fail(f"--{unused[0]} does nothing with a --prediction_file. Leave it out.")
+        if args.task == "all":
+            fail("a --prediction_file is of one task. Name that one instead of all.")
+        return
+    if args.output_file:
+        fail("--output_file belongs to a --prediction_file. With a model, give --output_dir.")
+    args.apply_chat_template = args.apply_chat_template == "true"
+    unused = sorted(given & {"chat_template", "chat_template_kwargs"})
+    if unused and not args.apply_chat_template:
+        fail(f"--{unused[0]} does nothing without --apply_chat_template. Add that.")
+    for name, value in {"num_fewshot": 0, "seed": 42, "max_new_tokens": 32}.items():
+        setattr(args, name, getattr(args, name) if name in given else value)
+    args.data_dir = args.data_dir or Path("output")
+    name = [part for part in Path(args.model_name_or_path).parts if part.strip("./")][-3:]
+    args.output_dir = args.output_dir or args.data_dir / "scores" / "_".join(name)
 
 
 # ---- From a generated text to an answer, or None ----
@@ -91,15 +147,21 @@ def character_f1(answer, gold):
     return 2 * same / (len(answer) + len(gold))
 
 
-def score_jsquad(rows):
+def jsquad_values(rows):
+    """Return, for each row, whether the answer is empty, whether it is exact, and its F1."""
     answers = [normalize(first_line(row["generated_text"])) for row in rows]
     golds = [[normalize(gold) for gold in row["answers"]] for row in rows]
     golds = [[gold for gold in each if gold] or [""] for each in golds]
     pairs = list(zip(answers, golds, strict=True))
     best = [max(character_f1(answer, gold) for gold in each) for answer, each in pairs]
+    return [not answer for answer in answers], [answer in each for answer, each in pairs], best
+
+
+def score_jsquad(rows):
+    empty, exact, best = jsquad_values(rows)
     return {
-        "unreadable": sum(not answer for answer in answers),
-        "exact_match": sum(answer in each for answer, each in pairs) / len(rows),
+        "unreadable": sum(empty),
+        "exact_match": sum(exact) / len(rows),
         "f1": sum(best) / len(rows),
     }
 
@@ -123,10 +185,15 @@ def score_jnli(rows):
     return score_labels(rows, [read_relation(row["generated_text"]) for row in rows])
 
 
-def score_jsts(rows):
+def jsts_values(rows):
+    """Return what was read of each answer, the number it counts as, and the right one."""
     read = [read_similarity(row["generated_text"]) for row in rows]
     answers = [MIDDLE if value is None else value for value in read]
-    golds = [row["label"] for row in rows]
+    return read, answers, [row["label"] for row in rows]
+
+
+def score_jsts(rows):
+    read, answers, golds = jsts_values(rows)
     return {
         "unreadable": read.count(None),
         "pearson": correlation(answers, golds),
@@ -153,12 +220,67 @@ def ranks(values):
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
+def score_choices(rows):
+    """Return the accuracies of the likeliest choice: of its sum, and of that by its length."""
+    right = {"acc": 0, "acc_norm": 0, "acc_per_token": 0}
+    ties = 0
+    for row in rows:
+        choices, sums = row["answer_choices"], row["choice_logprobs"]
+        pairs = list(zip(choices, sums, strict=True))
+        ties += sums.count(max(sums)) > 1
+        by_token = [a / n for a, n in zip(sums, row["choice_tokens"], strict=True)]
+        values = {"acc": sums, "acc_norm": [a / len(text) for text, a in pairs]}
+        for name, value in {**values, "acc_per_token": by_token}.items():
+            right[name] += choices[value.index(max(value))] == row["completion"]
+    return {"ties": ties, **{name: count / len(rows) for name, count in right.items()}}
+
+
 SCORERS = {
     "jsquad": score_jsquad,
     "jcommonsenseqa": score_jcommonsenseqa,
     "jnli": score_jnli,
     "jsts": score_jsts,
 }
+
+
+# ---- 95 % intervals ----
+
+
+def wilson(share, count):
+    """Return Wilson's interval of a share of `count` independent questions."""
+    square = 1.959964**2 / count
+    middle, spread = share + square / 2, share * (1 - share) * square + square**2 / 4
+    return [(middle - spread**0.5) / (1 + square), (middle + spread**0.5) / (1 + square)]
+
+
+def bootstrap(score, *columns):
+    """Return the percentiles of a score over 1,000 samples of the questions, or None.
+
+    None where the score is undefined, or the same in all samples: they then say nothing.
+    """
+    import numpy as np
+
+    columns = [np.asarray(column, dtype=np.float64) for column in columns]
+    rng, count = np.random.default_rng(0), len(columns[0])
+    samples = (rng.integers(count, size=count) for _ in range(1000))
+    values = [score(*(column[sample] for column in columns)) for sample in samples]
+    values = [value for value in values if value is not None]
+    if len(values) < 950 or min(values) == max(values):
+        return None
+    return np.percentile(values, [2.5, 97.5]).tolist()
+
+
+def intervals(task, rows, scores):
+    """Return {name of a score: [low, high]} for the scores of generated answers."""
+    if task == "jsquad":
+        best = jsquad_values(rows)[2]
+        exact = wilson(scores["exact_match"], len(rows))
+        return {"exact_match": exact, "f1": bootstrap(lambda values: values.mean(), best)}
+    if task != "jsts":
+        return {"accuracy": wilson(scores["accuracy"], len(rows))}
+    _, answers, golds = jsts_values(rows)
+    by_rank = bootstrap(lambda a, b: correlation(ranks(a), ranks(b)), answers, golds)
+    return {"pearson": bootstrap(correlation, answers, golds), "spearman": by_rank}
 
 
 # ---- Reading and checking the file ----
@@ -233,8 +355,8 @@ def print_table(scores):
     print("  ".join(text.rjust(width) for _, text, width in cells))
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def score_file(args):
+    """Score the answers of one task that were generated before."""
     rows = read_predictions(args.prediction_file, args.task)
     scores = {"task": args.task, "rows": len(rows), **SCORERS[args.task](rows)}
     print_table(scores)
@@ -250,6 +372,139 @@ def main(argv=None):
             args.output_file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             fail(f"{args.output_file} cannot be written ({error.strerror}). Name another file.")
+
+
+# ---- Asking a model ----
+
+
+def run(script, *words):
+    """Run a script in a process of its own; what it prints is seen, a failure's status is ours."""
+    if not script.is_file():
+        fail(f"{script} is not there, and is needed to ask a model. Copy it along.")
+    before = signal.getsignal(signal.SIGTERM)
+    with subprocess.Popen([sys.executable, str(script), *map(str, words)]) as child:
+        signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it ends its batch, with 75
+        status = child.wait()
+    signal.signal(signal.SIGTERM, before)
+    if status:
+        raise SystemExit(status if status > 0 else 128 - status)
+
+
+def ask_model(args, stem):
+    """Make the prompts, let the model answer them; return the rows answered and those scored."""
+    here, is_chat = Path(__file__).resolve().parent, args.apply_chat_template
+    files = [Path(f"{stem}_{name}.jsonl") for name in ("prompts", "answers", "choices")]
+    words = ["--task", args.task, "--data_dir", args.data_dir, "--output_file", files[0]]
+    words += ["--num_fewshot", args.num_fewshot, "--seed", args.seed]
+    words += ["--limit", args.limit] if args.limit is not None else []
+    run(here / "make_prompts.py", *words, *(["--turns"] if is_chat else []))
+    if not is_chat and Path(args.model_name_or_path, "chat_template.jinja").is_file():
+        hint = "if it was trained on conversations, add --apply_chat_template true"
+        print(f"the model has a chat template, and is asked by text: {hint}", file=sys.stderr)
+    model = ["--model_name_or_path", args.model_name_or_path, "--prompt_file", files[0]]
+    for name in PASSED:
+        model += [f"--{name}", getattr(args, name)] if getattr(args, name) is not None else []
+    more = ["--output_file", files[1], "--max_new_tokens", args.max_new_tokens]
+    run(here.parent / "generate_text" / "generate_text.py", *model, *more)
+    rows, scored = read_lines(files[1]), []
+    if any("answer_choices" in row for row in rows):
+        run(here / "score_choices.py", *model, "--output_file", files[2])
+        scored = read_lines(files[2])
+    return rows, scored
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def describe(args, stem):
+    """Return what the scores are of, for whoever compares them with others."""
+    with_adapter, base = Path(args.model_name_or_path, "adapter_config.json"), None
+    if with_adapter.is_file():
+        base = json.loads(with_adapter.read_text("utf-8")).get("base_model_name_or_path")
+    record = Path(f"{stem}_answers.jsonl.settings.json")  # generate_text.py's
+    settings = json.loads(record.read_text("utf-8")) if record.is_file() else {}
+    names = "num_fewshot seed limit max_new_tokens apply_chat_template".split()
+    facts = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in PASSED if getattr(args, name) is not None}
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    versions["python"] = sys.version.split()[0]
+    facts |= {"precision": settings.get("precision"), "options": options, "versions": versions}
+    return {"model": args.model_name_or_path, "adapter_on": base, **facts}
+
+
+def evaluate_model(args):
+    """Ask the model, score its answers, and write a JSON and a Markdown file."""
+    stem = args.output_dir / f"{args.task}_{args.num_fewshot}shot"
+    stem = f"{stem}_chat" if args.apply_chat_template else stem
+    stem = f"{stem}_limit{args.limit}" if args.limit else stem
+    rows, scored = ask_model(args, stem)
+    result = {**describe(args, stem), "method": " ".join(METHOD.split()), "tasks": {}}
+    for task in TASKS if args.task == "all" else [args.task]:
+        own = [row for row in rows if row["task"] == task]
+        for number, row in enumerate(own, 1):
+            check_row(row, task, f"{stem}_answers.jsonl, question {number} of {task}")
+        scores = SCORERS[task](own)
+        entry = {"rows": len(own), "examples": own[0]["examples"], **scores}
+        limits = intervals(task, own, scores)
+        if with_choices := [row for row in scored if row["task"] == task]:
+            likeliest = score_choices(with_choices)
+            entry |= likeliest
+            names = [name for name in likeliest if name.startswith("acc")]
+            limits |= {name: wilson(likeliest[name], len(own)) for name in names}
+        result["tasks"][task] = entry | {"intervals": limits}
+    page = make_page(result)
+    try:
+        write(Path(f"{stem}.json"), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write(Path(f"{stem}.md"), page)
+    except OSError as error:
+        fail(f"{error.filename} cannot be written ({error.strerror}). Name another --output_dir.")
+    print(f"{page}\nwritten         {stem}.json and {stem}.md")
+
+
+def make_page(result):
+    """Return the scores as a Markdown page."""
+    how = "turns of the chat template" if result["apply_chat_template"] else "plain text"
+    facts = f"{result['num_fewshot']}-shot, asked by {how}, at most {result['max_new_tokens']} "
+    facts += f"new tokens, {result['precision']}, seed {result['seed']}"
+    facts += f", --limit {result['limit']}" if result["limit"] else ""
+    names = "Task|Score|Value|95 % interval|Commonest label|Questions|Unreadable".split("|")
+    lines = [f"# JGLUE: {result['model']}", "", f"{facts}.", "", row_of(names), "|---" * 7 + "|"]
+    for task, entry in result["tasks"].items():
+        for name, limits in entry["intervals"].items():
+            span = " to ".join(map(number, limits)) if limits else "undefined"
+            value, label = number(entry[name]), entry.get("commonest_label")
+            unread = entry["unreadable"] if not name.startswith("acc_") and name != "acc" else ""
+            cells = [task, name, value, span, "" if label is None else number(label)]
+            lines.append(row_of([*cells, f"{entry['rows']:,}", unread]))
+    ties = sum(entry.get("ties", 0) for entry in result["tasks"].values())
+    if ties:
+        lines += ["", f"{ties} questions had several likeliest choices; the first of them counts."]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return "\n".join([*lines, "", f"{result['method']} {versions}."]) + "\n"
+
+
+def row_of(cells):
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def number(value):
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def write(path, text):
+    """Write a file under another name first, so that a killed run leaves no half of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.prediction_file:
+        score_file(args)
+    else:
+        evaluate_model(args)
 
 
 if __name__ == "__main__":

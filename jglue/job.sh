@@ -12,17 +12,19 @@ if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$
   { echo "error: no evaluate_jglue.py and ../jobs/env.sh in $PWD. Submit from this job file's directory" >&2; exit 2; }
 source ../jobs/env.sh || exit
 
-# Edit here, or set it at submission: qsub -P GROUP -v TASK=jnli,MODEL=../finetune_full/output job.sh
+# Edit here, or set it at submission: qsub -P GROUP -v TASK=all,MODEL=../finetune_full/output job.sh
 JGLUE_DIR=${JGLUE_DIR:-sample} # a checkout of JGLUE, or the sample beside this file
-TASK=${TASK:-jsquad}           # jsquad, jcommonsenseqa, jnli or jsts
+TASK=${TASK:-jsquad}           # jsquad, jcommonsenseqa, jnli, jsts or all
 MODEL=${MODEL:-../tiny_model/output/llama}
-OUTPUT_DIR=${OUTPUT_DIR:-output}
-PROMPT_FILE=$OUTPUT_DIR/${TASK}_validation.jsonl
-NAME=$(basename "$(dirname "$MODEL")")_$(basename "$MODEL") # one file of answers per model
-OUTPUT_FILE=${OUTPUT_FILE:-$OUTPUT_DIR/${TASK}_$NAME.jsonl}
+OUTPUT_DIR=${OUTPUT_DIR:-output} # the data; below it, scores/NAME_OF_THE_MODEL
+OUTPUT_FILE=${OUTPUT_FILE:-}     # where set: of one task, only generate into this file (with its ARGS), and score it
 read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
 
 python prepare_jglue.py --jglue_dir "$JGLUE_DIR" --output_dir "$OUTPUT_DIR" --task "$TASK" || exit
-python ../generate_text/generate_text.py --model_name_or_path "$MODEL" --prompt_file "$PROMPT_FILE" \
-  --output_file "$OUTPUT_FILE" --max_new_tokens 32 "${WORDS[@]}" "$@" || exit
-python evaluate_jglue.py --task "$TASK" --prediction_file "$OUTPUT_FILE"
+if [[ -n $OUTPUT_FILE ]]; then
+  python ../generate_text/generate_text.py --model_name_or_path "$MODEL" --prompt_file "$OUTPUT_DIR/${TASK}_validation.jsonl" \
+    --output_file "$OUTPUT_FILE" --max_new_tokens 32 "${WORDS[@]}" "$@" || exit
+  python evaluate_jglue.py --task "$TASK" --prediction_file "$OUTPUT_FILE"
+  exit
+fi
+python evaluate_jglue.py --model_name_or_path "$MODEL" --task "$TASK" --data_dir "$OUTPUT_DIR" "${WORDS[@]}" "$@"

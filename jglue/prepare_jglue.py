@@ -4,7 +4,9 @@
 JSQuAD, JCommonsenseQA, JNLI and JSTS become JSON Lines, one file per split, with `prompt`,
 `completion` and what evaluate_jglue.py needs to score an answer: `id`, and `answers`, `label` or
 `choices`. The prompt ends where the answer begins; nothing is put between the two. To change what
-the model is asked, edit the four functions of PROMPTS.
+the model is asked, edit the four functions of PROMPTS. Where there are choices (JCommonsenseQA,
+JNLI), TASK_preferences_train.jsonl and ..._validation.jsonl have the right answer beside a wrong
+one, for training on preferences: `id`, `prompt`, `chosen`, `rejected`.
 
     git clone https://github.com/yahoojapan/JGLUE.git               (once, where there is a network)
     python prepare_jglue.py --jglue_dir JGLUE --output_dir output --task all
@@ -16,6 +18,7 @@ Costs seconds. Data: Kurihara et al. 2022, https://aclanthology.org/2022.lrec-1.
 
 import argparse
 import json
+import random
 import re
 import sys
 from collections import Counter
@@ -82,6 +85,8 @@ PROMPTS = {
     "jnli": jnli_row,
     "jsts": jsts_row,
 }
+# The answers that a task knows; of the wrong ones each preference pair gets one.
+CHOICES = {"jcommonsenseqa": list("01234"), "jnli": list(JNLI_ANSWERS.values())}
 
 
 # ---- Reading and writing ----
@@ -159,6 +164,23 @@ def make_rows(task, split, path):
     return rows
 
 
+def make_pairs(task, rows):
+    """Return a preference pair for each row: the right answer, and a wrong one drawn by its id."""
+    pairs = []
+    for row in rows:
+        wrong = [answer for answer in CHOICES[task] if answer != row["completion"]]
+        if len(wrong) == len(CHOICES[task]):
+            fail(f"{task} answers {row['completion']}, not one of CHOICES. Edit CHOICES alike.")
+        if words := row.get("choices"):  # two choices can have the same words: both are right
+            wrong = [n for n in wrong if words[int(n)] != words[row["label"]]]
+        if not wrong:
+            fail(f"{task}, id {row['id']}: all choices are the same. Fetch JGLUE again.")
+        rejected = random.Random(f"{task} {row['id']}").choice(wrong)  # the same one each time
+        pair = {"id": row["id"], "prompt": row["prompt"], "chosen": row["completion"]}
+        pairs.append(pair | {"rejected": rejected})
+    return pairs
+
+
 def write_rows(path, rows):
     """Write JSON Lines under another name first, so that a killed run leaves no half of a file."""
     part = path.with_name(f".{path.name}.part")
@@ -176,6 +198,7 @@ def prepare_task(task, found, output_dir):
         fail(f"{directory} holds neither {names}. Fetch JGLUE again.")
     for split, ours in SPLITS.items():
         output = output_dir / f"{task}_{ours}.jsonl"
+        preferences = output_dir / f"{task}_preferences_{ours}.jsonl"
         line = f"{task:<15} {version}  {ours:<11}"
         if split in present:
             rows = make_rows(task, ours, directory / f"{split}-{version}.json")
@@ -185,8 +208,13 @@ def prepare_task(task, found, output_dir):
             note = f", {unanswered:,} without an answer: to generate from, not to score"
             note = f"the longest {longest:,} characters{note if unanswered else ''}"
             print(f"{line} {len(rows):>7,} rows, {note} -> {output}")
-        elif output.exists():
-            output.unlink()  # of an earlier run: the two splits would be of different data
+            if task in CHOICES and split != "test":
+                write_rows(preferences, make_pairs(task, rows))
+                print(f"{line} {len(rows):>7,} preference pairs -> {preferences}")
+        elif output.exists() or preferences.exists():
+            # Of an earlier run: the two splits would be of different data.
+            output.unlink(missing_ok=True)
+            preferences.unlink(missing_ok=True)
             print(f"{line} not in {directory}; removed {output}, which was of other data")
         elif split != "test":
             print(f"{line} not in {directory}")

@@ -6,15 +6,17 @@ import random
 import re
 import runpy
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import CONFIGS, ROOT, load_script, make_checkpoint, make_tokenizer
 
 JGLUE = ROOT / "jglue"
 SAMPLE = JGLUE / "sample"
@@ -732,3 +734,481 @@ def test_alone_in_an_empty_folder(prepared, tmp_path):
         )
         assert typo.returncode == 2 and "error:" in typo.stderr and "Traceback" not in typo.stderr
     assert len(read_lines(tmp_path / "out" / "jnli_train.jsonl")) > 100
+
+
+# ---- Preference pairs ----
+
+
+def test_preference_pairs(prepared, small, tmp_path, capsys):
+    allowed = {"jcommonsenseqa": set("01234"), "jnli": {"含意", "矛盾", "中立"}}
+    for task in TASKS:
+        for split in ("train", "validation"):
+            path = prepared / f"{task}_preferences_{split}.jsonl"
+            assert path.exists() == (task in allowed)
+            rows = read_lines(prepared / f"{task}_{split}.jsonl")
+            pairs = read_lines(path) if task in allowed else []
+            for row, pair in zip(rows, pairs, strict=task in allowed):
+                assert list(pair) == ["id", "prompt", "chosen", "rejected"]
+                kept = [pair["id"], pair["prompt"], pair["chosen"]]
+                assert kept == [row["id"], row["prompt"], row["completion"]]
+                assert pair["rejected"] in allowed[task] - {row["completion"]}
+            counts = Counter(pair["rejected"] for pair in pairs)  # not always the same wrong one
+            assert {*counts} == allowed.get(task, set())
+            assert max(counts.values(), default=0) <= len(pairs) / len(counts or [0]) * 2
+    before = {path.name: path.read_bytes() for path in prepared.glob("*preferences*")}
+    prepare(SAMPLE, prepared)
+    assert before == {path.name: path.read_bytes() for path in prepared.glob("*preferences*")}
+    # A pair hangs on its own id alone: not on the rows before it, nor on the split.
+    single = write_lines(
+        tmp_path / "one/datasets/jnli-v1.3/train-v1.3.json",
+        read_lines(SAMPLE / "datasets/jnli-v1.3/train-v1.3.json")[40:41],
+    ).parents[2]
+    prepare(single, tmp_path / "one_out", "jnli")
+    (pair,) = read_lines(tmp_path / "one_out/jnli_preferences_train.jsonl")
+    assert pair == read_lines(prepared / "jnli_preferences_train.jsonl")[40]
+    # Two choices with the same words are both right, or both wrong.
+    twins = QUESTION | {"choice0": "マザーボード", "choice4": "マザーボード "}
+    many = [twins | {"q_id": number} for number in range(40)]
+    write_lines(small / "datasets/jcommonsenseqa-v1.3/valid-v1.3.json", many)
+    prepare(small, tmp_path / "out", "jcommonsenseqa")
+    pairs = read_lines(tmp_path / "out/jcommonsenseqa_preferences_validation.jsonl")
+    assert {pair["rejected"] for pair in pairs} == {"1", "3"}
+    same = QUESTION | {f"choice{n}": "猫" for n in range(5)}
+    write_lines(small / "datasets/jcommonsenseqa-v1.3/valid-v1.3.json", [same])
+    assert "all choices are the same" in refusal(
+        capsys, prepare, small, tmp_path / "out", "jcommonsenseqa"
+    )
+    # Pairs of an earlier run go with the split that they belong to.
+    (prepared / "jnli_train.jsonl").rename(tmp_path / "gone")
+    folder = tmp_path / "only_valid"
+    shutil.copytree(SAMPLE, folder)
+    (folder / "datasets/jnli-v1.3/train-v1.3.json").unlink()
+    shutil.copytree(prepared, tmp_path / "again")
+    prepare(folder, tmp_path / "again", "jnli")
+    assert not (tmp_path / "again/jnli_preferences_train.jsonl").exists()
+    (tmp_path / "gone").rename(prepared / "jnli_train.jsonl")
+
+
+# ---- Likelihoods ----
+
+
+def make_model(folder, kind, bos=False):
+    """A checkpoint as in conftest.py, long enough for JGLUE's prompts in single bytes."""
+    kept = CONFIGS[kind]
+
+    def longer(rows):
+        config = kept(rows)
+        for name in ("n_positions", "max_position_embeddings", "max_seq_len"):
+            if hasattr(config, name):
+                setattr(config, name, 1024)
+        return config
+
+    CONFIGS[kind] = longer
+    try:
+        return make_checkpoint(folder, kind, bos)
+    finally:
+        CONFIGS[kind] = kept
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("jglue_models")
+    return {
+        kind: make_model(root / kind, kind, bos=kind == "llama")
+        for kind in ("gpt2", "falcon_alibi", "mpt", "llama")
+    }
+
+
+def choose(model, prompts, output, *words):
+    files = [f"--model_name_or_path={model}", f"--prompt_file={prompts}"]
+    script = load_script(JGLUE / "score_choices.py")
+    script.main([*files, f"--output_file={output}", *words])
+    return read_lines(output)
+
+
+def summed(model, prompt, choice):
+    """The log-probability of ids behind a prompt: a forward pass without padding for each."""
+    import torch
+
+    total = 0.0
+    for number, token in enumerate(choice):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + choice[:number]])).logits[0, -1].double()
+        total += (logits[token] - torch.logsumexp(logits, 0)).item()
+    return total
+
+
+# One is the beginning of another: its text is the prompt of that one's last token, and the
+# second row's prompt is the first row's with a choice. Lengths from 1 to 12 tokens.
+CHOICE_ROWS = [
+    {"prompt": "質問: 空\n答え: ", "answer_choices": ["0", "01", "青い", "青いです", "中立"]},
+    {"prompt": "質問: 空\n答え: 0", "answer_choices": ["1", "12", "青い"]},
+    {"prompt": "猫", "answer_choices": ["2", "3"]},
+    {"prompt": "前提: 猫がいる。\n仮説: 犬がいる。\n関係: ", "answer_choices": ["含意", "矛盾"]},
+]
+
+
+def test_likelihoods_against_one_by_one(models, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    no_choices = {"prompt": "x", "answers": ["y"]}
+    prompts = write_lines(tmp_path / "p.jsonl", [no_choices, *CHOICE_ROWS])
+    for kind, path in models.items():
+        one = choose(path, prompts, tmp_path / f"{kind}1.jsonl", "--batch_size=1")
+        all_at_once = choose(path, prompts, tmp_path / f"{kind}9.jsonl", "--batch_size=9")
+        assert "1 rows without answer_choices" in capsys.readouterr().err
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path).eval()
+        for row, alone, together in zip(CHOICE_ROWS, one, all_at_once, strict=True):
+            assert row.items() <= alone.items() and row.items() <= together.items()
+            start = tokenizer.encode(row["prompt"], add_special_tokens=False)
+            start = ([1] if kind == "llama" else []) + start
+            ids = [tokenizer.encode(c, add_special_tokens=False) for c in row["answer_choices"]]
+            expected = pytest.approx([summed(model, start, choice) for choice in ids], abs=1e-4)
+            assert alone["choice_logprobs"] == expected, kind
+            assert together["choice_logprobs"] == expected, kind
+            assert alone["choice_tokens"] == together["choice_tokens"] == [*map(len, ids)]
+
+
+def test_likelihoods_of_an_adapter_and_of_turns(models, tmp_path):
+    """An adapter beside its base; a conversation gets the ids that training gives it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    base = AutoModelForCausalLM.from_pretrained(models["llama"])
+    adapted = get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    turns = [
+        {"role": "user", "content": "空は?"},
+        {"role": "assistant", "content": "青い"},
+        {"role": "user", "content": "猫は?"},
+    ]
+    row = {"messages": turns, "answer_choices": ["静か", "0", "中立"]}
+    prompts = write_lines(tmp_path / "p.jsonl", [row])
+    template = tmp_path / "t.jinja"  # BOS stands in it already, and a space before each answer
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role[0] + ':' }}"
+        "{% if m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
+        "{% else %}{{ m.content + '|' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    scored = choose(
+        tmp_path / "adapter", prompts, tmp_path / "o.jsonl", f"--chat_template={template}"
+    )
+    tokenizer = make_tokenizer(bos=True)
+
+    def ids(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    start = ids("<s>u:空は?|a:") + ids(" 青い<|endoftext|>") + ids("u:猫は?|a:")
+    choices = [ids(f" {choice}") for choice in row["answer_choices"]]
+    expected = [summed(adapted, start, choice) for choice in choices]
+    assert scored[0]["choice_logprobs"] == pytest.approx(expected, abs=1e-4)
+    with adapted.disable_adapter():
+        unlike = [summed(adapted, start, choice) for choice in choices]
+    assert scored[0]["choice_logprobs"] != pytest.approx(unlike, abs=0.1)
+
+
+def test_choices_go_on_where_they_stopped(models, tmp_path, monkeypatch):
+    prompts = write_lines(tmp_path / "p.jsonl", CHOICE_ROWS)
+    whole = choose(models["gpt2"], prompts, tmp_path / "whole.jsonl", "--batch_size=1")
+    script, output = load_script(JGLUE / "score_choices.py"), tmp_path / "o.jsonl"
+    real, calls = script.score_rows, []
+
+    def stopping(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            (tmp_path / "STOP").touch()
+        return real(*arguments)
+
+    monkeypatch.setattr(script, "score_rows", stopping)
+    with pytest.raises(SystemExit) as stop:
+        choose(models["gpt2"], prompts, output, "--batch_size=1")
+    assert stop.value.code == 75 and not output.exists()
+    assert choose(models["gpt2"], prompts, output, "--batch_size=1") == whole
+    assert len(calls) == 4, "a row was scored twice"
+    with pytest.raises(SystemExit) as stop:  # and a finished file is not made again
+        choose(models["gpt2"], prompts, output, "--batch_size=1")
+    assert stop.value.code == 0 and len(calls) == 4
+
+
+def test_choices_refuse(models, tmp_path, capsys):
+    import torch
+
+    cases = {
+        "answer_choices must be": {"prompt": "a", "answer_choices": ["x"]},
+        "different texts": {"prompt": "a", "answer_choices": ["x", "x"]},
+        "row 1": {"prompt": "a", "answer_choices": ["x", 3]},
+        "has no tokens": {"prompt": "a", "answer_choices": ["x", ""]},
+        "1,024 positions at most": {"prompt": "a" * 1024, "answer_choices": ["x", "y"]},
+        "nothing to score": {"prompt": "a"},
+        "is an answer already": {
+            "messages": [{"role": "assistant", "content": "a"}], "answer_choices": ["x", "y"]
+        },
+    }  # fmt: skip
+    for number, (message, row) in enumerate(cases.items()):
+        prompts = write_lines(tmp_path / f"{number}.jsonl", [row])
+        output = tmp_path / f"{number}_out.jsonl"
+        assert message in refusal(capsys, choose, models["gpt2"], prompts, output)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": \n')
+    assert "row 1" in refusal(capsys, choose, models["gpt2"], bad, tmp_path / "o.jsonl")
+    assert "is no file" in refusal(capsys, choose, models["gpt2"], tmp_path / "no", tmp_path / "o")
+    good = write_lines(tmp_path / "good.jsonl", CHOICE_ROWS)
+    assert "Choose another" in refusal(capsys, choose, models["gpt2"], good, good)
+    words = (capsys, choose, models["gpt2"], good, tmp_path / "o.jsonl", "--batch_size=0")
+    assert "--batch_size must be 1" in refusal(*words)
+    # Weights that overflow give no numbers: without a word the first choice would always win.
+    from transformers import AutoModelForCausalLM
+
+    spoilt = AutoModelForCausalLM.from_pretrained(models["gpt2"])
+    spoilt.transformer.ln_f.weight.data[:] = torch.inf
+    spoilt.save_pretrained(tmp_path / "spoilt")
+    make_tokenizer().save_pretrained(tmp_path / "spoilt")
+    assert "no numbers" in refusal(capsys, choose, tmp_path / "spoilt", good, tmp_path / "n.jsonl")
+
+
+# ---- Asking a model ----
+
+
+def test_scores_of_choices_where_the_three_differ():
+    """lm-evaluation-harness' acc is the best sum, acc_norm the best sum by characters."""
+    rows = [
+        {
+            "answer_choices": ["含意", "矛盾する", "中立"], "choice_tokens": [2, 3, 6],
+            "choice_logprobs": sums, "completion": right,
+        }
+        for sums, right in (
+            ([-3.0, -4.0, -6.0], "含意"),  # by characters -1.5 -1.0 -3.0, by tokens -1.5 -1.33 -1.0
+            ([-3.0, -4.0, -6.0], "矛盾する"),
+            ([-3.0, -4.0, -6.0], "中立"),
+            ([-3.0, -4.0, -6.0], "中立"),
+            ([-2.0, -9.0, -2.0], "中立"),  # a tie: the first counts, which is wrong
+        )
+    ]  # fmt: skip
+    scores = SCRIPTS["evaluate_jglue"]["score_choices"](rows)
+    assert scores == {"ties": 1, "acc": 0.2, "acc_norm": 0.2, "acc_per_token": 0.6}
+
+
+def test_intervals():
+    wilson, bootstrap = (SCRIPTS["evaluate_jglue"][name] for name in ("wilson", "bootstrap"))
+    z = statistics.NormalDist().inv_cdf(0.975)
+    for right, count in ((0, 8), (1, 10), (5, 10), (119, 240), (240, 240)):
+        share = right / count
+        for limit, sign in zip(wilson(share, count), (1, -1), strict=True):
+            # Wilson's limits are the p from which the share lies z standard errors away.
+            away = sign * z * (limit * (1 - limit) / count) ** 0.5
+            assert share == pytest.approx(limit + away, abs=1e-6)
+    rng = random.Random(1)
+    values = [rng.random() for _ in range(400)]
+    error = z * statistics.pstdev(values) / 20
+    low, high = bootstrap(lambda column: column.mean(), values)
+    assert [low, high] == pytest.approx(
+        [statistics.fmean(values) - error, statistics.fmean(values) + error], abs=0.15 * error
+    )
+    assert bootstrap(lambda column: column.mean(), values) == [low, high], "not seeded"
+    others = [value + rng.gauss(0, 0.3) for value in values]
+    correlation = SCRIPTS["evaluate_jglue"]["correlation"]
+    import math
+
+    middle = math.atanh(statistics.correlation(values, others))
+    fisher = [math.tanh(middle + sign * z / 397**0.5) for sign in (-1, 1)]
+    assert bootstrap(correlation, values, others) == pytest.approx(fisher, abs=0.02)
+    assert bootstrap(correlation, [1.0] * 50, values[:50]) is None
+    assert bootstrap(lambda column: column.mean(), [0.0] * 9) is None, "no spread, no interval"
+
+
+def make_prompts(prepared, output, *words):
+    script = runpy.run_path(str(JGLUE / "make_prompts.py"))
+    script["main"]([f"--data_dir={prepared}", f"--output_file={output}", *words])
+    return read_lines(output)
+
+
+def test_few_shot_prompts(prepared, tmp_path, capsys):
+    plain = make_prompts(prepared, tmp_path / "0.jsonl", "--task=all")
+    count = 0
+    for task in TASKS:
+        own = [row for row in plain if row["task"] == task]
+        for row, asked in zip(read_lines(prepared / f"{task}_validation.jsonl"), own, strict=True):
+            assert row.items() <= asked.items() and asked["examples"] == []
+            count += 1
+            if task in ("jcommonsenseqa", "jnli"):
+                assert asked["completion"] in asked["answer_choices"]
+    assert len(plain) == count
+    few = make_prompts(prepared, tmp_path / "3.jsonl", "--task=all", "--num_fewshot=3")
+    turns = make_prompts(prepared, tmp_path / "t.jsonl", "--task=all", "--num_fewshot=3", "--turns")
+    drawn = set()
+    for zero, row, chat in zip(plain, few, turns, strict=True):
+        train = {one["id"]: one for one in read_lines(prepared / f"{row['task']}_train.jsonl")}
+        shown = [train[name] for name in row["examples"]]
+        assert len({one["id"] for one in shown}) == 3 and chat["examples"] == row["examples"]
+        text = "".join(f"{one['prompt']}{one['completion']}\n\n" for one in shown)
+        assert row["prompt"] == text + zero["prompt"] and "prompt" not in chat
+        said = [(turn["role"], turn["content"]) for turn in chat["messages"]]
+        pairs = [(one["prompt"], one["completion"]) for one in shown]
+        expected = [pair for p, c in pairs for pair in (("user", p), ("assistant", c))]
+        assert said == [*expected, ("user", zero["prompt"])]
+        drawn.add((row["task"], *row["examples"]))
+    assert len(drawn) == 4, "each question of a task has the same examples"
+    words = ("--task=jnli", "--num_fewshot=3")
+    other = make_prompts(prepared, tmp_path / "s.jsonl", *words, "--seed=1")
+    assert other[0]["examples"] != next(r for r in few if r["task"] == "jnli")["examples"]
+    limited = make_prompts(prepared, tmp_path / "l.jsonl", "--task=jnli", "--limit=10")
+    names = [row["id"] for row in limited]
+    assert (
+        len(set(names)) == 10
+        and names != [row["id"] for row in plain if row["task"] == "jnli"][:10]
+    )
+
+    # No example is a question that is asked, with or without --limit.
+    shared = tmp_path / "shared"
+    rows = read_lines(prepared / "jsts_validation.jsonl")
+    write_lines(shared / "jsts_validation.jsonl", rows)
+    write_lines(
+        shared / "jsts_train.jsonl", [*rows, *read_lines(prepared / "jsts_train.jsonl")[:2]]
+    )
+    words = ("--task=jsts", "--num_fewshot=2", "--limit=1")
+    (row,) = make_prompts(shared, tmp_path / "n.jsonl", *words)
+    known = [one["prompt"] for one in read_lines(prepared / "jsts_train.jsonl")[:2]]
+    assert all(prompt in row["prompt"] for prompt in known)
+    refused = (capsys, make_prompts, shared, tmp_path / "x.jsonl", "--task=jsts")
+    assert "has 2 training rows" in refusal(*refused, "--num_fewshot=3")
+    assert "--limit 1 or more" in refusal(*refused, "--limit=0")
+    assert "jnli_validation.jsonl is not there. Type: python prepare" in refusal(
+        capsys, make_prompts, shared, tmp_path / "x.jsonl", "--task=all"
+    )
+    assert "holds other prompts" in refusal(
+        capsys, make_prompts, prepared, tmp_path / "l.jsonl", "--task=jnli", "--limit=11"
+    )
+    bare = {"id": "1", "prompt": "x"}  # as in a test split
+    write_lines(shared / "jsts_validation.jsonl", [bare])
+    assert "no question with its answer" in refusal(*refused)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """evaluate_jglue.py whose scripts run in this process: (module, what was run)."""
+    script, done = load_script(JGLUE / "evaluate_jglue.py"), []
+
+    def run(path, *words):
+        done.append((path.name, [str(word) for word in words]))
+        try:
+            load_script(path).main([str(word) for word in words])
+        except SystemExit as end:  # a finished file ends with 0
+            if end.code:
+                raise
+
+    monkeypatch.setattr(script, "run", run)
+    return script, done
+
+
+def test_all_tasks_of_a_model(prepared, models, tmp_path, in_process, capsys):
+    script, done = in_process
+    words = ["--task=all", f"--model_name_or_path={models['llama']}", f"--data_dir={prepared}"]
+    words += ["--limit=6", "--num_fewshot=1", "--max_new_tokens=4", f"--output_dir={tmp_path}"]
+    script.main(words)
+    assert [name for name, _ in done] == ["make_prompts.py", "generate_text.py", "score_choices.py"]
+    stem = tmp_path / "all_1shot_limit6"
+    result = json.loads(Path(f"{stem}.json").read_text())
+    page = Path(f"{stem}.md").read_text()
+    assert page in capsys.readouterr().out and list(result["tasks"]) == list(TASKS)
+    assert (result["model"], result["num_fewshot"], result["limit"]) == (models["llama"], 1, 6)
+    assert result["precision"] == "fp32" and result["versions"].keys() >= {"torch", "transformers"}
+    rows, chosen = (read_lines(f"{stem}_{name}.jsonl") for name in ("answers", "choices"))
+    for task, entry in result["tasks"].items():
+        own = [row for row in rows if row["task"] == task]
+        assert len(own) == entry["rows"] == 6 and len(entry["examples"]) == 1
+        for name, value in scores(tmp_path, task, own).items():  # as of a --prediction_file
+            assert name == "task" or entry[name] == value
+        for name, limits in entry["intervals"].items():
+            assert f"| {task} | {name} | " in page
+            assert limits is None or limits[0] <= entry[name] <= limits[1]
+        likely = [row for row in chosen if row["task"] == task]
+        if task in ("jcommonsenseqa", "jnli"):
+            best = [
+                max(zip(r["choice_logprobs"], r["answer_choices"], strict=True)) for r in likely
+            ]
+            right = sum(
+                pair[1] == row["completion"] for pair, row in zip(best, likely, strict=True)
+            )
+            assert entry["acc"] == right / 6
+        assert ("acc" in entry) == bool(likely) == (task in ("jcommonsenseqa", "jnli"))
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    script.main(words)  # nothing is made again, and the scores are the same
+    assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    changed = [word for word in words if not word.startswith("--max_new")]
+    assert "holds other answers" in refusal(capsys, script.main, changed)
+
+    # By turns: the options go to both scripts.
+    done.clear()
+    words[0] = "--task=jnli"
+    chat = ["--apply_chat_template", "--chat_template=alpaca", "--precision=fp32"]
+    script.main([*words, *chat])
+    for _, given in done[1:]:
+        assert given[given.index("--chat_template") + 1] == "alpaca" and "--precision" in given
+    page = (tmp_path / "jnli_1shot_chat_limit6.md").read_text()
+    assert "1-shot, asked by turns of the chat template" in page and "| jnli | acc |" in page
+    assert "### 応答" in capsys.readouterr().err  # generate_text.py's example
+
+
+def test_evaluation_refuses(prepared, in_process, tmp_path, capsys):
+    script, done = in_process
+    model, file = "--model_name_or_path=m", "--prediction_file=f"
+    cases = {
+        "Name that one instead of all": ["--task=all", file],
+        "--num_fewshot does nothing": ["--task=jnli", file, "--num_fewshot=0"],
+        "--apply_chat_template does nothing": ["--task=jnli", file, "--apply_chat_template"],
+        "give --output_dir": ["--task=all", model, "--output_file=x"],
+        "--chat_template does nothing without": ["--task=all", model, "--chat_template=alpaca"],
+    }
+    for message, words in cases.items():
+        assert message in refusal(capsys, script.main, words)
+    for words in ([], [model, file], [model, "--num_fewshots=1"], [model, "--limit=x"]):
+        with pytest.raises(SystemExit) as stop:
+            script.main(["--task=jnli", *words])
+        assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+    assert not done
+    args = ["--task=jnli", model, f"--data_dir={tmp_path}"]
+    assert "Type: python prepare_jglue.py" in refusal(capsys, script.main, args)
+
+
+def test_a_script_s_end_is_the_evaluation_s(tmp_path):
+    """Its status is passed on; SIGTERM reaches it, and the evaluation waits for it."""
+    run = runpy.run_path(str(JGLUE / "evaluate_jglue.py"))["run"]
+    child = tmp_path / "child.py"
+    for text, status in (("raise SystemExit(75)", 75), ("import os\nos.kill(os.getpid(), 9)", 137)):
+        child.write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            run(child)
+        assert stop.value.code == status
+    child.write_text("")
+    assert run(child) is None
+    # What generate_text.py does: it ends its batch, and leaves with 75.
+    child.write_text(
+        "import signal, sys, time\n"
+        "def end(*_):\n    time.sleep(0.3)\n    open('ended', 'w').close()\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, end)\nopen('begun', 'w').close()\ntime.sleep(30)\n"
+    )
+    text = "import pathlib, runpy\nrun = runpy.run_path(%r)['run']\nrun(pathlib.Path(%r))\n"
+    words = [sys.executable, "-c", text % (str(JGLUE / "evaluate_jglue.py"), str(child))]
+    parent = subprocess.Popen(words, cwd=tmp_path)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    time.sleep(0.1)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(timeout=20) == 75 and (tmp_path / "ended").exists()
+
+
+def test_scoring_a_file_needs_no_torch(prepared, tmp_path):
+    rows = read_lines(prepared / "jsts_validation.jsonl")
+    write_lines(tmp_path / "p.jsonl", [row | {"generated_text": "1"} for row in rows])
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('it was imported')")
+    for words in (["--task=jsts", f"--prediction_file={tmp_path}/p.jsonl"], ["--help"]):
+        command = [sys.executable, str(JGLUE / "evaluate_jglue.py"), *words]
+        env = os.environ | {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

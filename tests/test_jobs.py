@@ -494,17 +494,22 @@ def test_other_jobs_variables(machine):
         ).returncode
         == 0
     )
-    prepare, answer, score = (argv for argv, *_ in calls(machine))
+    prepare, score = (argv for argv, *_ in calls(machine))
     assert prepare == shlex.split(
         "python prepare_jglue.py --jglue_dir '/j g' --output_dir d --task jnli"
     )
-    assert answer[:8] == shlex.split(
-        "python ../generate_text/generate_text.py --model_name_or_path ../a/m "
-        "--prompt_file d/jnli_validation.jsonl --output_file d/jnli_a_m.jsonl"
-    )
     assert score == shlex.split(
-        "python evaluate_jglue.py --task jnli --prediction_file d/jnli_a_m.jsonl"
+        "python evaluate_jglue.py --model_name_or_path ../a/m --task jnli --data_dir d"
     )
+    (machine / "record").unlink()
+    done = run_as_pbs(machine, jglue, TASK="jsts", MODEL="m", OUTPUT_FILE="o f", ARGS="--seed 1")
+    assert done.returncode == 0
+    _, answer, score = (argv for argv, *_ in calls(machine))
+    assert answer == shlex.split(
+        "python ../generate_text/generate_text.py --model_name_or_path m --prompt_file "
+        "output/jsts_validation.jsonl --output_file 'o f' --max_new_tokens 32 --seed 1"
+    )
+    assert score == shlex.split("python evaluate_jglue.py --task jsts --prediction_file 'o f'")
     (machine / "record").unlink()
     assert run_as_pbs(machine, jglue, STATUS="5").returncode == 5
     assert len(calls(machine)) == 1, "a failed step must end the job"

@@ -13,6 +13,7 @@ LIMITS = {
     "finetune_lora/finetune_lora.py": 716,
     "finetune_lastlayer/finetune_lastlayer.py": 732,
     "generate_text/generate_text.py": 550,
+    "jglue/evaluate_jglue.py": 511,
     "generate_text/chat.py": 393,
     "generate_text/convert_tokenizer.py": 330,
     "finetune_lora/merge_lora.py": 355,

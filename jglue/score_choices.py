@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+"""How likely does a model find each of the answers that a question allows?
+
+Each row of the file has a `prompt` (or `messages`) and `answer_choices`, a list of texts; rows
+without are left out. Written is the same row with, for each choice, `choice_logprobs`, the sum of
+the log-probabilities of its tokens behind the prompt (no token for the end of an answer counts),
+and `choice_tokens`, their number. The prompt has the ids that it has in training and in generation,
+and a choice those of an answer: both are tokenized apart, BOS comes once. evaluate_jglue.py writes
+such files, runs this and turns the numbers into scores.
+
+    python score_choices.py --model_name_or_path MODEL --prompt_file FILE --output_file OUT
+
+Costs less than generating: one pass over the prompt where all choices are single tokens, else one
+for each choice. Interrupted, the same command goes on where it stopped; a file STOP beside OUT,
+SIGTERM or $DEADLINE end it between two batches, with status 75 (as in generate_text.py).
+Follows https://github.com/EleutherAI/lm-evaluation-harness (its multiple-choice tasks).
+"""
+
+import argparse
+import inspect
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
+try:  # the model and its ids as in generate_text.py; what lets a file go on where it was cut off
+    import keep_answers
+    from load_model import (
+        boolean,
+        choose_precision,
+        encode_prompt,
+        find_base,
+        load_model,
+        load_tokenizer,
+        note,
+    )
+    from run_common import check, fail
+except ModuleNotFoundError:
+    print("error: this script needs the directory ../jobs. Copy it along.", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def parse(argv):
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    add, path = parser.add_argument, {"type": os.path.expanduser}
+    switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    add("--model_name_or_path", **path, required=True, help="A model or an adapter, or a hub name.")
+    add("--prompt_file", **path, required=True, help="JSON Lines with answer_choices in each row.")
+    add("--output_file", **path, required=True, help="Where the rows go, with choice_logprobs.")
+    add("--batch_size", type=int, help="Texts at once. Default: 64 on a GPU, 8 on a CPU.")
+    add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="Of weights.")
+    add("--device_map", help="auto: all GPUs for one model; cpu: none. Default: one GPU.")
+    add("--load_in_8bit", **switch, help="Half the memory; slower, slightly other numbers.")
+    add("--load_in_4bit", **switch, help="A quarter of the memory (NF4); numbers differ more.")
+    add("--chat_template", **path, help="alpaca, or a Jinja file. Default: the tokenizer's own.")
+    add("--chat_template_kwargs", default="{}", help='Like {"enable_thinking": false}.')
+    add("--trust_remote_code", **switch, help="Run the repository's code. Read it first.")
+    return parser.parse_args(argv)
+
+
+# ---- Reading ----
+
+
+def encode_choice(row, choice, tokenizer):
+    """The ids of an answer behind its prompt, as in training, without what ends an answer."""
+    if "messages" in row:
+        turns, render = row["messages"], tokenizer.apply_chat_template
+        before = render(turns, tokenize=False, add_generation_prompt=True)
+        after = render([*turns, {"role": "assistant", "content": choice}], tokenize=False)
+        lead, found, _ = after.removeprefix(before).partition(choice)
+        if after.startswith(before) and found:  # if not, it cannot be trained, but generated
+            choice = lead + choice  # the template may put a space or an empty thought before it
+    return tokenizer(choice, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_row(row, tokenizer, positions):
+    """Return (ids of the prompt, ids of each choice); raise ValueError on what cannot be scored."""
+    choices = row["answer_choices"]
+    is_list = isinstance(choices, list) and all(isinstance(one, str) for one in choices)
+    if not is_list or len({*choices}) < max(2, len(choices)):
+        raise ValueError("answer_choices must be a list of two or more different texts.")
+    if "messages" in row and row["messages"][-1]["role"] == "assistant":
+        raise ValueError("the last message is an answer already.")
+    prompt = encode_prompt(row, tokenizer)[1]
+    ids = [encode_choice(row, choice, tokenizer) for choice in choices]
+    if not prompt or not all(ids) or len({*map(tuple, ids)}) < len(ids):
+        raise ValueError("the prompt or a choice has no tokens, or two choices have the same.")
+    longest = len(prompt) + max(map(len, ids))
+    if longest > positions:
+        raise ValueError(f"{longest:,} tokens, of {positions:,} positions at most.")
+    return prompt, ids
+
+
+def read_prompts(args, tokenizer):
+    """Return (rows, [(ids of the prompt, ids of each choice)])."""
+    rows, texts, left_out = [], [], 0
+    for number, line in enumerate(Path(args.prompt_file).read_text("utf-8").split("\n"), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+            if isinstance(row, dict) and "answer_choices" in row:
+                texts.append(encode_row(row, tokenizer, args.positions))
+                rows.append(row)
+            elif line.strip():
+                left_out += 1
+        except Exception as error:  # a template can raise anything
+            fail(f"{args.prompt_file}, row {number}: {error}")
+    check(rows, f"{args.prompt_file} has no row with answer_choices: there is nothing to score.")
+    if left_out:
+        note("left out", f"{left_out:,} rows without answer_choices")
+    return rows, texts
+
+
+# ---- Scoring ----
+
+
+def main(argv=None):
+    args = parse(argv)
+    check_arguments(args)
+    import torch  # from here on it takes seconds
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.disable(logging.WARNING)
+    full = "GPU memory is full. Try a smaller --batch_size, --load_in_8bit or --device_map auto."
+    try:
+        precision, reason = choose_precision(args)
+        args.batch_size = args.batch_size or (8 if reason == "no GPU in use" else 64)
+        tokenizer = load_tokenizer(args)
+        rows, texts = read_prompts(args, tokenizer)
+        keep_answers.claim_output(args, precision, texts)
+        model = load_model(args, precision, tokenizer).eval()
+    except Exception as error:  # damaged files can raise anything
+        why = error if " " in str(error) else repr(error)
+        why = f"{args.model_name_or_path}{args.origin}: {why}"
+        fail(full if isinstance(error, torch.OutOfMemoryError) else why)
+    note("model", f"{args.model_name_or_path} ({model.config.model_type}){args.origin}")
+    note("device", f"{model.device}, {precision} ({reason})")
+    note("choices", f"of {len(rows):,} prompts, {max(len(p) for p, _ in texts):,} tokens at most")
+    try:
+        score_file(args, model, rows, texts)
+    except torch.OutOfMemoryError:
+        fail(full)
+    except OSError as error:  # a full disk, most often
+        fail(f"{error}: {args.output_file} is not finished. The same command goes on from there.")
+
+
+def score_file(args, model, rows, texts):
+    """Score what has no score yet, the longest first, a batch of rows at a time."""
+    order = sorted(range(len(rows)), key=lambda i: -len(texts[i][0]))
+    scores, slowest, began = keep_answers.read_answers(args), 0, time.time()
+    before = len(scores)
+    for first in range(0, len(order), args.batch_size):
+        numbers = [i for i in order[first : first + args.batch_size] if i not in scores]
+        if not numbers:
+            continue
+        done, start = f"{len(scores):,} of {len(rows):,} rows are scored; ", time.time()
+        keep_answers.stop_if_asked(args, slowest, done)
+        results = score_rows(args, model, [texts[i] for i in numbers])
+        keep_answers.add_answers(args, numbers, results)
+        scores.update(zip(numbers, results, strict=True))
+        slowest = max(slowest, time.time() - start)
+    new = Path(f"{args.output_file}.tmp")
+    with new.open("x", encoding="utf-8") as file:
+        for i, row in enumerate(rows):
+            file.write(json.dumps(row | scores[i], ensure_ascii=False) + "\n")
+    keep_answers.finish(args, new)
+    done = f"{len(scores) - before:,} scored now, in {time.time() - began:,.0f} s"
+    note("done", f"{len(rows):,} rows in {args.output_file}; {done}")
+
+
+def score_rows(args, model, texts):
+    """For each (prompt, choices): the choices' summed log-probabilities, and their tokens."""
+    # The last token of a choice predicts nothing here: choices of one token share their text.
+    pairs = [(prompt, choice) for prompt, choices in texts for choice in choices]
+    needed = {((*prompt, *choice[:-1]), len(prompt) - 1) for prompt, choice in pairs}
+    inputs, found = sorted(needed, key=lambda text: len(text[0])), {}
+    for first in range(0, len(inputs), args.batch_size):
+        batch = inputs[first : first + args.batch_size]
+        found.update(zip(batch, predict(model, batch), strict=True))
+    results = []
+    for prompt, choices in texts:
+        sums = []
+        for choice in choices:
+            logprobs = found[(*prompt, *choice[:-1]), len(prompt) - 1]
+            sums.append(sum(logprobs[n, token].item() for n, token in enumerate(choice)))
+        finite = all(-float("inf") < value <= 0 for value in sums)
+        check(finite, f"the model gives no numbers ({sums[0]}). Try --precision bf16 or fp32.")
+        lengths = [len(choice) for choice in choices]
+        results.append({"choice_logprobs": sums, "choice_tokens": lengths})
+    return results
+
+
+def predict(model, inputs):
+    """For each (text, start): the log-probabilities of what follows its tokens from start on."""
+    import torch
+
+    # On the right, so without a mask: no architecture looks at what comes later.
+    width = max(len(text) for text, _ in inputs)
+    ids = torch.tensor([[*text, *[0] * (width - len(text))] for text, _ in inputs])
+    keep = width - min(start for _, start in inputs)  # as many logits, to save memory
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    options = {"logits_to_keep": keep} if takes else {}
+    with torch.inference_mode():
+        logits = model(input_ids=ids.to(model.device), use_cache=False, **options).logits
+    results = []
+    for row, (text, start) in zip(logits[:, -keep:], inputs, strict=True):
+        part = row[start - width + keep : len(text) - width + keep]
+        results.append(part.float().log_softmax(-1).cpu())
+    return results
+
+
+def check_arguments(args):
+    """Refuse what cannot work before anything is loaded."""
+    file, output = args.prompt_file, Path(args.output_file)
+    check(Path(file).is_file(), f"{file} is no file, seen from {Path.cwd()}.")
+    is_same = Path(file).resolve() == output.resolve()
+    check(not is_same, "--output_file is the --prompt_file. Choose another.")
+    check(args.batch_size in (None, *range(1, 2**20)), "--batch_size must be 1 or more.")
+    args.rank, args.ranks, args.do_sample = 0, 1, False  # what keep_answers.py asks for
+    check("WORLD_SIZE" not in os.environ, "score_choices.py is one process. Leave torchrun out.")
+    find_base(args)
+
+
+if __name__ == "__main__":
+    main()
