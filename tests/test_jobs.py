@@ -75,7 +75,7 @@ def machine(tmp_path):
     a home."""
     project = tmp_path / "my work"
     for path in [*JOBS, *(script.relative_to(ROOT) for script in ROOT.glob("*/*.py"))]:
-        if path.parts[0] not in ("tests", "benchmarks"):
+        if path.parts[0] != "tests":
             (project / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / path, project / path)
     shutil.copytree(
