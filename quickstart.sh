@@ -56,8 +56,9 @@ python generate_text/generate_text.py --model_name_or_path "$TUNED" --prompt_fil
 lesson "6/6  The score, on questions that were not trained on"
 for when in before after; do
   echo "-- $when"
+  if [[ $when == before ]]; then scored=$MODEL; else scored=$TUNED; fi
   python jglue/evaluate_jglue.py --task jsquad --prediction_file "$OUT/$when.jsonl" \
-    --output_file "$OUT/scores_$when.json" || exit
+    --output_file "$scored/scores.json" || exit
 done
 python - "$OUT" <<'PY' || exit
 import json, sys
@@ -74,8 +75,10 @@ if [[ -n ${JGLUE_DIR:-} ]]; then
   echo "the answer itself: it has seen no Japanese but these questions. JSQuAD is meant for models"
   echo "that were trained on much text before: README.md shows how to fine-tune one of those."
 fi
-lesson "Done"
-[[ -z $PICTURE ]] || echo "picture    $PICTURE"
+lesson "Done: a page about it"
+python jobs/report.py "$MODEL" "$TUNED" --output_file "$OUT/report.md" && # nor does a page
+  grep -E '^\| (run|trained|time|peak|tokens|eval_loss|jsquad (exact|f1))' "$OUT/report.md"
+[[ -z $PICTURE ]] || echo "loss       $PICTURE"
 echo "next       python generate_text/generate_text.py --model_name_or_path $TUNED --prompt \\"
 printf '%s\n' "             \$'題名：買い物\\n文章：今朝、田中さんは朝市で柿を買った。\\n質問：田中さんは何を買いましたか。\\n答え：'"
 echo "           README.md: the lessons one by one, and the same steps with qsub"

@@ -422,7 +422,8 @@ class FineTuner(Trainer):
                 logs["eval_perplexity"] = math.exp(min(loss, 700))
                 say("eval", f"{text}  perplexity {logs['eval_perplexity']:.2f}")
                 continue
-            lr, grad, speed = logs["learning_rate"], logs["grad_norm"], tokens / (now - self.last)
+            lr, grad = logs["learning_rate"], logs["grad_norm"]
+            logs["tokens_per_second"] = speed = tokens / (now - self.last)
             text += f"  lr {lr:.2e}  grad {grad:.3f}  {speed:,.0f} tok/s  {peak_memory():.2f} GiB"
             left = int((total - done) * (now - self.began) / (done - self.first_step))
             say(text, f"  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")

@@ -105,3 +105,140 @@ def test_computed_bytes():
     for kind in ("5 layers in 8 bit, else fp32", "bf16"):
         log = f"base       {kind}; frozen; 1,026.5 MiB\n"
         assert needed(results, log) == 1026.5 * 2**20 + 160
+
+
+# ---- --task: the score held out, with stand-ins for what takes long ----
+
+STAND_IN = """
+import json, sys
+from pathlib import Path
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out, name = Path(words["--output_dir"]), Path(sys.argv[0]).stem
+out.mkdir(parents=True)
+(out / "words.json").write_text(json.dumps([name, words]))
+if name != "make_tiny_model":
+    results = {"trainable_parameters": 25, "total_parameters": 1000, "train_runtime": len(out.name)}
+    results |= {"peak_memory_gib": 0.5, "train_loss": 1.0}
+    (out / "all_results.json").write_text(json.dumps(results))
+"""
+# Right are the first 9 answers of the base, 18 of "full", 27 of "dpo", 45 of "grpo".
+ANSWERS = """
+import json, sys
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+right = {"base": 9, "full": 18, "dpo": 27, "grpo": 45}[words["--model_name_or_path"].split("/")[-1]]
+rows = [json.loads(line) for line in open(words["--prompt_file"], encoding="utf-8")]
+with open(words["--output_file"], "w", encoding="utf-8") as file:
+    for number, row in enumerate(rows):
+        text = row["completion"] if number < right else "?"
+        file.write(json.dumps({**row, "generated_text": text}) + "\\n")
+"""
+PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+
+
+@pytest.fixture
+def standing_in(tmp_path, monkeypatch):
+    """compare_methods.py, which finds quick scripts in the places of the slow ones."""
+    for name in ("full", "lastlayer", "lora", "dpo", "grpo"):
+        folder = tmp_path / "root" / f"finetune_{name}"
+        folder.mkdir(parents=True)
+        (folder / f"finetune_{name}.py").write_text(STAND_IN)
+    for name, text in (
+        ("tiny_model/make_tiny_model", STAND_IN),
+        ("generate_text/generate_text", ANSWERS),
+    ):
+        (tmp_path / "root" / name).parent.mkdir()
+        (tmp_path / "root" / f"{name}.py").write_text(text)
+    (tmp_path / "root" / "jglue").symlink_to(ROOT / "jglue")
+    script = load_script(SCRIPT)
+    monkeypatch.setattr(script, "ROOT", tmp_path / "root")
+    monkeypatch.setattr(
+        script, "PROBE", """print('{"device": "CPU", "threads": 1, "gib": 0.25}')"""
+    )
+    monkeypatch.setattr(script, "run", with_pairs(script.run))
+    return script
+
+
+def with_pairs(run):
+    """The preference pairs, in case that prepare_jglue.py writes none."""
+
+    def prepare(args, name, command):
+        text = run(args, name, command)
+        pairs = args.output_dir / "jnli_preferences_train.jsonl"
+        if name == "data" and not pairs.exists():
+            pairs.write_text(PAIRS)
+        return text
+
+    return prepare
+
+
+def words_of(directory):
+    return json.loads((directory / "words.json").read_text())
+
+
+def test_a_task_held_out(standing_in, tmp_path, capsys):
+    """Who starts where and learns from what; the table has the scripts' figures and the scores."""
+    out = tmp_path / "out"
+    standing_in.main(["--task", "jnli", "--output_dir", str(out), "--methods", "full,dpo,grpo",
+                      "--max_steps", "7", "--more_steps", "3"])  # fmt: skip
+    text = capsys.readouterr().out
+    table = text[text.index("Measured on 2") :].splitlines()[2:]
+    rows = [line.strip("| ").split(" | ") for line in table]
+    assert rows[2] == ["base, untrained on the task", "0", "", "", "", "0.167 [0.090, 0.287]"]
+    assert rows[3] == ["all parameters", "25", "2.50%", "4.0", "0.50", "0.333 [0.222, 0.466]"]
+    assert rows[4] == ["SFT, then DPO", "25", "2.50%", "4.0 + 3.0", "0.50", "0.500 [0.371, 0.629]"]
+    assert rows[5] == ["SFT, then GRPO", "25", "2.50%", "4.0 + 4.0", "0.50", "0.833 [0.713, 0.910]"]
+    assert "on 54 rows held out" in text and "commonest label: 0.33" in text
+    assert "imports alone take 0.25" in text
+    assert words_of(out / "base")[1]["--train_file"] == f"{out}/texts.jsonl"
+    texts = [json.loads(line) for line in (out / "texts.jsonl").open(encoding="utf-8")]
+    assert all(
+        list(row) == ["text"] and not row["text"].endswith(("含意", "矛盾", "中立"))
+        for row in texts
+    )
+    for name, start, file, steps in (("full", "base", "train", "7"),
+                                     ("dpo", "full", "preferences_train", "3"),
+                                     ("grpo", "full", "rewards", "3")):  # fmt: skip
+        script, words = words_of(out / name)
+        assert script == f"finetune_{name}"
+        assert words["--model_name_or_path"] == f"{out}/{start}"
+        assert words["--train_file"] == f"{out}/jnli_{file}.jsonl"
+        assert words["--max_steps"] == steps
+    row = json.loads((out / "jnli_rewards.jsonl").open(encoding="utf-8").readline())
+    assert row["choices"] == ["中立", "含意", "矛盾"] and row["completion"] in row["choices"]
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dpo_alone_trains_its_start_first(standing_in, tmp_path, capsys):
+    standing_in.main(["--task", "jnli", "--output_dir", str(tmp_path / "out"), "--methods", "dpo"])
+    assert words_of(tmp_path / "out" / "full")[1]["--train_file"].endswith("jnli_train.jsonl")
+    assert "| 4.0 + 3.0 |" in capsys.readouterr().out
+
+
+def test_the_interval():
+    """Its ends are the shares that lie 1.96 of their own standard deviations away."""
+    for right, number in ((0, 36), (1, 5), (18, 54), (54, 54)):
+        low, high = load_script(SCRIPT).wilson(right, number)
+        for end in (low, high):
+            if 0 < end < 1:
+                away = abs(right / number - end) / (end * (1 - end) / number) ** 0.5
+                assert away == pytest.approx(1.96, abs=1e-3)
+        assert low <= right / number <= high and (low > 0) == (right > 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--methods", "dpo"], "--methods dpo needs --task"),
+        (["--task", "jnli", "--overfit"], "--task has files of its own"),
+        (["--task", "jnli", "--repeat", "2"], "--repeat out"),
+        (["--task", "jsquad", "--methods", "grpo"], "grpo is no method. They are: full"),
+        (["--task", "jnli", "--methods", "dpp"], "dpp is no method. They are: full"),
+        (["--task", "jnli", "--more_steps", "0"], "--more_steps 0 is below 1"),
+    ],
+)
+def test_bad_input_with_a_task(tmp_path, capsys, options, words):
+    with pytest.raises(SystemExit) as stop:
+        load_script(SCRIPT).parse([*options, "--output_dir", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert words in error

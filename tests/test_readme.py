@@ -29,9 +29,12 @@ TOP = (ROOT / "README.md").read_text(encoding="utf-8")
 # In the order in which the top README lists them.
 LESSONS = re.findall(r"^\[\*\*\d+\. [^\]]+\]\((\w+)/README\.md\)", TOP, re.M)
 PAGES = ["README.md", *(f"{lesson}/README.md" for lesson in LESSONS)]
-ENGLISH = {page: page.replace("README.md", "README.en.md") for page in PAGES}
-BOTH = [*PAGES, *ENGLISH.values()]
-PAIR = pytest.mark.parametrize("page", PAGES)
+# Beside the lessons; run after them, and compared like them.
+MORE = ["jobs/REPORT.md", "benchmarks/README.md"]
+ENGLISH = {page: page.replace(".md", ".en.md") for page in [*PAGES, *MORE]}
+BOTH = [*PAGES, *(ENGLISH[page] for page in PAGES)]
+ALL = [*ENGLISH, *ENGLISH.values()]
+PAIR = pytest.mark.parametrize("page", ENGLISH)
 QUEUES = ("rt_HF", "rt_HG", "rt_HC")
 ANYTHING = "(?:.*\n)*?"
 # What may differ from run to run and from machine to machine, and what then fits in its place;
@@ -116,7 +119,7 @@ def test_every_directory_is_a_lesson():
     assert sorted(LESSONS) == sorted(known)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ALL)
 def test_pages_are_short(name):
     limit = 150 if "/" in name else 300
     lines = (ROOT / name).read_text(encoding="utf-8").count("\n")
@@ -163,7 +166,7 @@ def facts(text):
     """The numbers of two digits or more, the inline code and the links in a piece of prose."""
     bare = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", text)
     numbers = re.findall(r"(?<![A-Za-z0-9_.])\d[\d,.]*\d", bare)
-    links = [re.sub(r"(README)(\.en)?(\.md)|#.*", r"\1", link) for link in links_of(text)]
+    links = [re.sub(r"(README|REPORT)(\.en)?(\.md)|#.*", r"\1", link) for link in links_of(text)]
     return Counter(re.findall(r"`[^`]+`", text) + links + numbers)
 
 
@@ -205,7 +208,7 @@ def comparable(words, here):
 def plan():
     """The blocks without a skip mark as a list of Run, in order."""
     runs, done = [], set()
-    for page in PAGES:
+    for page in ENGLISH:
         here, elements = ROOT, read(page)
         for block, behind in zip(elements, [*elements[1:], None], strict=True):
             if block.kind != "```bash":
@@ -469,7 +472,7 @@ def check_command(place, words, here):
 
 def test_files_variables_and_options_of_all_commands_exist():
     seen = Counter()
-    for page in PAGES:
+    for page in ENGLISH:
         here = ROOT
         for block in commands_of(page):
             for _, words in commands(block):
@@ -496,7 +499,7 @@ def anchors(name):
     return {slug(element.text) for element in read(name) if element.kind.startswith("#")}
 
 
-@pytest.mark.parametrize("name", [*BOTH, "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", [*ALL, "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_lead_somewhere(name):
     links = [link for element in read(name) for link in links_of(element.text)]
     for link in links:
@@ -524,7 +527,7 @@ def named_files(name):
     return [(line, word) for line, word in words if path.fullmatch(word)]
 
 
-@pytest.mark.parametrize("name", [*BOTH, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*ALL, "CONTRIBUTING.md"])
 def test_named_files_exist(name, outputs):
     copy, _ = outputs
     places = [ROOT, copy, *(copy / lesson for lesson in LESSONS)]
@@ -556,11 +559,13 @@ def of_deepspeed(word):
     return word.startswith("runtime/")
 
 
-@pytest.mark.parametrize("name", [*BOTH, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*ALL, "CONTRIBUTING.md"])
 def test_named_options_exist(name):
     scripts = [path for lesson in LESSONS for path in (ROOT / lesson).glob("*.py")]
     scripts = [path for path in scripts if "argparse" in path.read_text(encoding="utf-8")]
     known = set().union(*map(options, [*scripts, ROOT / "tests" / "check_copies.py"]))
+    known |= {"--generation", "--apply_chat_template"}  # vLLM's --generation-config, lm_eval's
+    known |= set().union(*map(options, (ROOT / "benchmarks").glob("*.py")))
     known |= {
         "--nproc_per_node",
         "--standalone",
