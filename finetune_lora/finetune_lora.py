@@ -380,6 +380,14 @@ class EpochSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
+def more(trainer, logs):
+    """What a line says behind the loss."""
+    if "eval_loss" not in logs:
+        return ""
+    logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
+    return f"  perplexity {logs['eval_perplexity']:.2f}"
+
+
 class FineTuner(Trainer):
     """Trainer whose losses are means over learned tokens."""
 
@@ -417,10 +425,9 @@ class FineTuner(Trainer):
             logs.update({name: loss, "num_learned": learned, "num_tokens": tokens})
             done, total, now = self.state.global_step, self.state.max_steps, time.time()
             check(math.isfinite(loss), f"the loss is {loss} at step {done}. Lower --learning_rate.")
-            text = f"step {done}/{total}  loss {loss:.4f}"
+            text = f"step {done}/{total}  loss {loss:.4f}{more(self, logs)}"
             if name == "eval_loss":
-                logs["eval_perplexity"] = math.exp(min(loss, 700))
-                say("eval", f"{text}  perplexity {logs['eval_perplexity']:.2f}")
+                say("eval", text)
                 continue
             lr, grad = logs["learning_rate"], logs["grad_norm"]
             logs["tokens_per_second"] = speed = tokens / (now - self.last)
@@ -704,6 +711,7 @@ def save_results(trainer, run):
     results = {**run, "train_loss": loss, "train_runtime": seconds, "steps": count}
     results |= {"train_tokens_per_second": speed}
     results |= {"peak_memory_gib": memory, "peak_reserved_gib": reserved}
+    results |= {f"train_{name}": value for name, value in steps[-1].items() if "/" in name}
     results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     trainer.save_metrics("all", results, combined=False)
     speed = f"{count:,} steps, {seconds:,.0f} s, {speed:,.0f} tok/s"

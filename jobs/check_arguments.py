@@ -86,6 +86,8 @@ def check_arguments(script, training, given):
     is_inside = model.resolve() in [output_dir, *output_dir.glob("checkpoint-*")]
     check(not is_inside, "--output_dir holds the model to start from. Choose another --output_dir.")
     check_data(script, training, given)
+    if hasattr(script, "beta"):
+        check_preferences(script, given)
     if hasattr(script, "lora_r"):
         check_lora(script, training, given)
     elif hasattr(script, "train"):
@@ -161,6 +163,23 @@ def check_lora(script, training, given):
     check(good, "--load_in_8bit goes wrong on this GPU: use --load_in_4bit true, or fp16.")
     impossible = is_deepspeed_zero3_enabled() and (quantised or script.new_tokens)
     check(not impossible, "ZeRO-3 parts no quantised base and no new tokens. Use zero2.json.")
+
+
+def check_preferences(script, given):
+    """Refuse what finetune_dpo.py cannot do: an adapter beside all parameters, new tokens."""
+    merge = "python ../finetune_lora/merge_lora.py --adapter_name_or_path"
+    is_adapter = Path(script.model_name_or_path, "adapter_config.json").is_file()
+    problem = f"--model_name_or_path {script.model_name_or_path} is an adapter. Merge it first:"
+    command = f"{merge} {script.model_name_or_path} --output_dir NEW"
+    check(not is_adapter, f"{problem} {command}")
+    check(0 < script.beta < math.inf, f"--beta {script.beta} must be above 0.")
+    names = ("lora_", "modules_to", "load_in_", "allow_partly")
+    given = [name for name in given if name.startswith(names)]
+    check(
+        not (script.full and given),
+        f"--full true has no adapter: leave out --{', --'.join(given)}.",
+    )
+    check(not script.new_tokens, "--new_tokens: teach them by finetune_lora.py, then start here.")
 
 
 def check_lastlayer(script, training):

@@ -30,7 +30,8 @@ def main(argv=None):
         replaced = "; replaces the one before" if picture.exists() else ""
         if replaced and SIGNATURE.encode() not in picture.read_bytes():
             fail(f"{picture} was not drawn by this program. Rename it, then draw again.")
-        draw(losses, directory.resolve().name, partial)
+        unit = "pair" if "rewards/margins" in state.read_text("utf-8") else "learned token"
+        draw(losses, directory.resolve().name, partial, unit)
         partial.replace(picture)
     except ImportError as error:
         fail(f"matplotlib does not load ({error}). Type: pip install matplotlib")
@@ -54,7 +55,7 @@ def read_losses(path):
     return losses or fail(f"{path} holds no loss. Train with a smaller --logging_steps.")
 
 
-def draw(losses, title, path):
+def draw(losses, title, path, unit):
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no word about its caches
     warnings.filterwarnings("ignore", "Glyph .* missing")  # of Japanese names; boxes will do
     from matplotlib.figure import Figure
@@ -62,7 +63,7 @@ def draw(losses, title, path):
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     for name, points in losses.items():
         axes.plot(*zip(*points, strict=True), ".-" if name == "training" else "o--", label=name)
-    axes.set(xlabel="step", ylabel="loss per learned token (nats)")
+    axes.set(xlabel="step", ylabel=f"loss per {unit} (nats)")
     axes.set_title(f"{title[:60]}: loss", parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()

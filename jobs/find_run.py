@@ -81,8 +81,11 @@ def describe(script, source):
     uses = [("train", file) for file in script.train_file or []]
     uses += [("validation", file) for file in script.validation_file or []]
     uses += [("template", file) for file in [script.chat_template or ""] if Path(file).is_file()]
+    uses += [("script", source)]
+    if hasattr(script, "beta"):  # what finetune_full.py holds itself
+        uses += [("script", Path(__file__).with_name("model_text.py"))]
     described = []
-    for use, file in [*uses, ("script", source)]:
+    for use, file in uses:
         with Path(file).open("rb") as stream:
             digest, size = hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
         name = Path(file).name if use == "script" else file  # a copy elsewhere is the same

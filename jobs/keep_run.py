@@ -38,7 +38,9 @@ from run_files import (
 )
 from transformers.utils import cached_file
 
-PACKAGES = "torch transformers tokenizers datasets accelerate peft deepspeed bitsandbytes".split()
+PACKAGES = (
+    "torch transformers tokenizers datasets accelerate peft trl deepspeed bitsandbytes".split()
+)
 IMAGES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 FULL = ("No space left", "Disk quota exceeded", "inline_container")  # the last is torch.save's
 

@@ -23,6 +23,8 @@ from run_common import read_deadline, say
 
 def read_job(gpus, script, *words):
     """The plan that a job's words describe; a settings file may come first."""
+    if script == "finetune_dpo.py":
+        raise ValueError("two answers a row and a reference are not estimated")
     words = list(words)
     if words and words[0].lower().endswith((".yaml", ".yml", ".json")):
         settings = yaml.safe_load(Path(words.pop(0)).expanduser().read_text("utf-8"))

@@ -16,6 +16,7 @@ import torch
 import transformers
 from conftest import ROOT, load_script, write_jsonl
 from safetensors.torch import load_file, save_file
+from test_finetune_dpo import PAIRS
 from test_finetune_full import refused
 
 FULL, LAST, LORA = "finetune_full", "finetune_lastlayer", "finetune_lora"
@@ -50,8 +51,20 @@ CASES = {
     "8 bit": ("zero1", LORA, "gpt_neox", ["--load_in_8bit", "true", *BF16]),
     "last layer on 8 bit": ("zero2", LORA, "gpt2", [*matrix.HEAD, *matrix.IN_8BIT, *BF16]),
 }
+# finetune_dpo.py: (configuration, arguments); the first is resumed, too.
+PREFERENCES = {"dpo": ("zero2", []), "dpo, full": ("zero3", ["--full", "true"])}
 RESUMED = {"stage 1", "stage 2", "untied", "accumulated", "8-bit optimizer",
            "another name in the file"}  # fmt: skip
+
+
+def pairs_words(folder, rows, more):
+    """A training on preferences with the same four pairs in each step, on one or on two processes."""
+    file = write_jsonl(folder / "pairs.jsonl", PAIRS)
+    words = ["--model_name_or_path", folder / "models" / "gpt2", "--train_file", file, *more]
+    words += ["--validation_file", file, "--eval_strategy", "steps", "--eval_steps", 2]
+    words += ["--learning_rate", "3e-3", "--logging_steps", 1, "--max_steps", STEPS]
+    words += ["--save_steps", 2, "--train_sampling_strategy", "sequential"]
+    return [*words, "--per_device_train_batch_size", rows]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +92,17 @@ def runs(tmp_path_factory):
         words += [whole, resumed] if name in RESUMED else [whole]
         places = slice(first, len(words))
         cases[name] = SimpleNamespace(out=out, folder=folder, places=places)
+    for name, (config, more) in PREFERENCES.items():
+        out, places = folder / name, slice(len(words), len(words) + 2 - len(more) // 2)
+        run = [ROOT / "finetune_dpo" / "finetune_dpo.py", *pairs_words(folder, 2, more)]
+        run += ["--deepspeed", ROOT / "deepspeed_configs" / f"{config}.json"]
+        middle = ["--resume_from_checkpoint", out / "whole" / "checkpoint-2"]
+        both = [
+            [*run, "--output_dir", out / "whole"],
+            [*run, "--output_dir", out / "resumed", *middle],
+        ]
+        words += both[: places.stop - places.start]
+        cases[name] = SimpleNamespace(out=out, folder=folder, places=places)
     _, (whole, resumed) = matrix.together(folder, "zero2", FULL, "llama", [], STEPS)
     words += [whole, [ROOT / "tests" / "malicious_inside.py", *resumed[1:]]]
     _, ((_, *inside), _) = matrix.together(folder, "zero3", FULL, "llama", [], 2)
@@ -101,6 +125,27 @@ def test_learns_what_one_process_learns_and_saves_it(name, runs):
     assert matrix.check(case.errors, case.out, reference, tolerance) == "ok"
 
 
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_preferences(name, runs):
+    """The reference model is what training began from, whichever process holds which part of it."""
+    (_, more), case = PREFERENCES[name], runs[name]
+    assert not any(case.errors), case.errors
+    words = [*pairs_words(case.folder, 4, more), "--output_dir", case.out / "alone"]
+    load_script(ROOT / "finetune_dpo" / "finetune_dpo.py").main([str(word) for word in words])
+    for key in (
+        "loss",
+        "rewards/margins",
+        "rewards/accuracies",
+        "eval_loss",
+        "eval_rewards/margins",
+    ):
+        wanted = matrix.logged(case.out / "alone", key)
+        assert len(wanted) == (2 if "eval" in key else STEPS)
+        for directory in sorted(case.out.iterdir()):
+            assert matrix.logged(directory, key) == pytest.approx(wanted, abs=1e-4), directory
+    assert abs(matrix.logged(case.out / "whole", "eval_rewards/margins")[-1]) > 0.01
+
+
 def test_a_malicious_checkpoint_is_refused(runs):
     """torch.load of DeepSpeed's files would run what is pickled in them."""
     case = runs["malicious"]
@@ -114,7 +159,7 @@ def saved(directory):
 
 
 def test_what_is_trained_is_kept_and_saved_in_fp32(runs):
-    for name in (name for name in CASES if name != "own file, in bf16"):
+    for name in [*PREFERENCES, *(name for name in CASES if name != "own file, in bf16")]:
         dtypes = {tensor.dtype for tensor in saved(runs[name].out / "whole").values()}
         assert dtypes == {torch.float32}, name
 

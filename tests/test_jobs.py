@@ -344,7 +344,8 @@ def test_a_training_with_gpus_is_estimated_beside_it(machine, job):
     warn = '../jobs/warn_job.py "$GPUS" ' + f"{job.parent}.py"
     assert warn in (ROOT / job).read_text(encoding="ascii")
     write_executable(machine / "my work/jobs/warn_job.py", "import sys; print('WARNED', sys.argv)")
-    done = run_as_pbs(machine, job, GPUS_SEEN="2", WARNS="1", STATUS="3", ARGS="--max_length 9")
+    more = {"MODEL": "/m", "ARGS": "--max_length 9"}
+    done = run_as_pbs(machine, job, GPUS_SEEN="2", WARNS="1", STATUS="3", **more)
     assert done.returncode == 3
     said = next(line for line in done.stdout.splitlines() if line.startswith("WARNED"))
     assert f"'2', '{job.parent}.py'" in said and "'--max_length', '9']" in said

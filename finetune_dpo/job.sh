@@ -1,0 +1,44 @@
+#!/bin/bash
+# Train on preferences (DPO), all parameters with ARGS="--full true". From here: qsub -P GROUP job.sh   (by hand: bash job.sh)
+# Submitted again, it goes on from its last checkpoint. With the 8 GPUs of a node: qsub -P GROUP -q rt_HF job.sh
+#PBS -N finetune_dpo
+#PBS -q rt_HG
+#PBS -l select=1
+#PBS -l walltime=1:00:00
+#PBS -j oe
+#PBS -k oed
+# A job is a copy of this file in the spool of PBS; by hand, $0 tells the directory.
+if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$(dirname "$0")"; fi || exit 2
+[[ -f ../jobs/env.sh && -f finetune_dpo.py ]] ||
+  { echo "error: no finetune_dpo.py and ../jobs/env.sh in $PWD. Submit from this job file's directory" >&2; exit 2; }
+source ../jobs/env.sh || exit
+
+# Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
+if [[ -z ${MODEL:-}${CONFIG:-} ]]; then # DPO starts from a model that answers: the small new one learns to, first
+  CUDA_VISIBLE_DEVICES="" python ../finetune_full/finetune_full.py --model_name_or_path ../tiny_model/output/llama --output_dir output/start \
+    --train_file ../jglue/output/jnli_train.jsonl --learning_rate 3e-3 --num_train_epochs 4 || exit
+  ARGS="--learning_rate 5e-4 --per_device_train_batch_size 16 --num_train_epochs 1 --logging_steps 5 --eval_strategy steps --eval_on_start true ${ARGS:-}"
+fi
+MODEL=${MODEL:-output/start}
+[[ -n ${TRAIN_FILE:-}${CONFIG:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jnli_preferences_validation.jsonl}
+TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jnli_preferences_train.jsonl}
+OUTPUT_DIR=${OUTPUT_DIR:-output/dpo}
+SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR"
+  --save_steps 200 --save_total_limit 2)
+# A file of `name: value` lines, such as a run_args.yaml, in place of the variables above: qsub -v CONFIG=my.yaml
+[[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG") OUTPUT_DIR=$(sed -n 's/^output_dir: *//p' "$CONFIG" 2>&-)
+read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
+[[ -z ${VALIDATION_FILE:-} ]] || WORDS=(--validation_file "$VALIDATION_FILE" "${WORDS[@]}")
+[[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}") # e.g. ../deepspeed_configs/zero2.json
+
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || exit
+LAUNCH=(python)
+if ((GPUS > 1)) || [[ $GPUS == 1 && -n ${DEEPSPEED:-}${CONFIG:-} ]]; then # a settings file may ask for DeepSpeed
+  LAUNCH=(python ../jobs/run_ranks.py torchrun --standalone --nproc_per_node "$GPUS") # it names the rank that failed
+fi
+((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
+((GPUS == 0)) || timeout 120 python ../jobs/warn_job.py "$GPUS" finetune_dpo.py "${SETTINGS[@]}" "${WORDS[@]}" "$@" &
+bash ../jobs/wait_lock.sh "${OUTPUT_DIR:-output}" && "${LAUNCH[@]}" finetune_dpo.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
+status=$? # of the training, whatever becomes of the picture; --since: of this job's losses only
+((status != 0)) || python ../jobs/draw_loss.py "$OUTPUT_DIR" --since $(($(date +%s) - SECONDS))
+exit "$status"

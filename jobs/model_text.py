@@ -1,0 +1,201 @@
+"""Texts as token ids, and the model they are for: marked copies of what the training scripts hold.
+
+finetune_dpo.py imports this file; a conversation is prepared there as in finetune_full.py.
+"""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import keep_run
+import transformers
+from run_common import check, fail, say
+from transformers import AutoModelForCausalLM
+
+# Copied from finetune_full/finetune_full.py
+CHAT_TEMPLATE = r"""
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '### 応答:\n' + message.content + eos_token + '\n' }}
+    {%- else %}
+        {{- '### ' + ('指示' if message.role == 'user' else message.role) + ':\n' }}
+        {{- message.content + '\n\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '### 応答:\n' }}
+{%- endif %}
+"""
+
+
+# Copied from finetune_full/finetune_full.py
+def texts(row, *columns):
+    """The texts in these columns of a row, or of a message."""
+    for column in columns:
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            raise ValueError(f"{'+'.join(columns)} must hold text, found {str(row)[:60]}.")
+    return [row[column] for column in columns]
+
+
+# Copied from finetune_full/finetune_full.py
+def chat_pieces(messages, tokenizer):
+    """A conversation as pieces: what stands before each assistant's turn, and the turn.
+
+    Where a template rewrites earlier turns (Qwen3's drops their thoughts), the next answer begins
+    an example of its own, with the prompt that generation will give.
+    """
+    examples, done, render = [[]], "", tokenizer.apply_chat_template
+    for number, message in enumerate(messages):
+        (role, content), answer = texts(message, "role", "content"), ""
+        if role == "assistant":
+            if number:
+                before = render(messages[:number], tokenize=False, add_generation_prompt=True)
+            else:  # a conversation may begin with an answer
+                before = render([{**message, "content": "\0"}], tokenize=False).split("\0")[0]
+            after = render(messages[: number + 1], tokenize=False)
+            # What asks may end in an empty thought, without which the answer is written (Nemotron).
+            is_open = after.startswith(before) or not before.rstrip().endswith("</think>")
+            start = before if is_open else before[: before.rindex("<think>")]
+            answer = after[len(start) :]
+            if not after.startswith(start) or (start < before and answer.startswith("<think>")):
+                raise ValueError("the template rewrites earlier turns, or what begins an answer.")
+            if not before.startswith(done):
+                examples, done = [*examples, []], ""
+            examples[-1] += [(before[len(done) :], False), (answer, content != "")]
+            done = before + answer
+        for name, value in message.items():  # a template may write an answer's thoughts, say
+            is_used = isinstance(value, str) and value.strip() in answer
+            if name not in ("role", "content") and value not in (None, "", [], {}) and not is_used:
+                raise ValueError(f"a turn is role and content: its {name} would be left out.")
+    return examples
+
+
+# Copied from finetune_full/finetune_full.py
+def leading_ids(tokenizer):
+    """The ids (a BOS, or none) that this tokenizer puts before every text."""
+    text, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return ids[: ids.index(text[0])]
+
+
+# Copied from finetune_full/finetune_full.py
+def encode(pieces, tokenizer):
+    """Return (ids, labels) of pieces, with BOS once in front where the tokenizer adds it."""
+    # Each piece is tokenized apart, so that a prompt has the same ids in generation.
+    ids, labels, first = [], [], leading_ids(tokenizer)
+    for text, learned in pieces:
+        text.encode()  # raises on half a surrogate pair, which JSON can write
+        new = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids and new[: len(first)] != first:
+            ids, labels = list(first), [-100] * len(first)
+        ids += new
+        labels += new if learned else [-100] * len(new)
+    return ids, labels
+
+
+# Copied from finetune_full/finetune_full.py
+def load_tokenizer(script):
+    """Return (tokenizer with a chat template, tokens per example at most)."""
+    name, remote = script.model_name_or_path, {"trust_remote_code": script.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(name, **remote).get_text_config()
+    tokenizer = exact_tokenizer(name, config.vocab_size, say, **remote)
+    choose_chat_template(script.chat_template, tokenizer, script.chat_template_kwargs)
+    limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 10**9)
+    length = min(1024, limit) if script.max_length is None else script.max_length
+    check(2 <= length <= limit, f"--max_length {length} does not fit the {limit} positions.")
+    return tokenizer, length
+
+
+# Copied from finetune_full/finetune_full.py
+def choose_chat_template(name, tokenizer, values="{}"):
+    """Set the template named, or ours where the tokenizer has none, with BOS where it adds one."""
+    what, is_known = f"--chat_template {name}", name in (None, "alpaca")
+    try:
+        if name is not None or tokenizer.chat_template is None:
+            template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8-sig")
+            tokenizer.chat_template, first = template, leading_ids(tokenizer)
+            text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+            if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
+                tokenizer.chat_template = "{{ bos_token }}" + template
+        what = f"--chat_template_kwargs {values}"
+        for key, value in json.loads(values).items():  # in the template: generation has them, too
+            template = tokenizer.get_chat_template()
+            check(key in template, f"{what}: the template does not use {key}.")
+            default = f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
+            tokenizer.chat_template = default + "{{ '' }}" + template
+    except Exception as error:  # a template can raise anything
+        fail(f"{what}: {error!r}. Two ready templates lie in ../chat_templates.")
+
+
+# Copied from finetune_full/finetune_full.py
+def turn_end_id(tokenizer):
+    """The special token that ends an assistant's turn in the chat template, or None."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    labels = []
+    with suppress(Exception):  # a template may not take these turns, and rows may need none
+        labels = encode(chat_pieces(turns, tokenizer)[0], tokenizer)[1]
+    # all_special_ids has only those with a role, such as eos_token; Gemma's <end_of_turn> has none.
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added.union(tokenizer.all_special_ids)
+    return next((label for label in reversed(labels) if label in special), None)
+
+
+# Copied from finetune_full/finetune_full.py
+def exact_tokenizer(name, rows, say, grown=False, **remote):
+    """The tokenizer with the ids of the model's own file, which AutoTokenizer may not give."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers.models.auto import tokenization_auto as auto
+
+    off = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+    names, off = ("tokenizer.json", "spiece.model", "tokenizer.model"), dict.fromkeys(off, False)
+    exact, *models = (auto.cached_file(name, file, **off) for file in names)
+    text, wanted, plain = "", [], {"add_special_tokens": False, "verbose": False}
+    if file := exact or next(filter(None, models), None):  # compared on a text of its own pieces
+        own = auto.TokenizersBackend(tokenizer_file=file) if exact else SentencePieceProcessor(file)
+        text = "It's WE'LL 1234567  e\u0301ＡＢ鬱😀\n\n\n\tｱ" + own.decode([*range(0, len(own), 7)])
+        wanted = own.encode(text, **(plain if exact else {}))
+    for load in (auto.AutoTokenizer, auto.TokenizersBackend)[: 2 if exact else 1]:
+        with suppress(TypeError if exact else ()):  # a class may not even take in the file
+            tokenizer = load.from_pretrained(name, **remote)
+            if same := tokenizer(text, **plain)["input_ids"] == wanted:
+                break
+    command = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
+    remedy = f"Convert it once: {command} --output_dir NEW, and use NEW."
+    check(same, f"the tokenizer of {name} gives other ids than {Path(file).name} itself. {remedy}")
+    if load is auto.TokenizersBackend:
+        say("tokenizer", f"PreTrainedTokenizerFast.from_pretrained({name!r}), not AutoTokenizer")
+    last, given = max(tokenizer.get_vocab().values()), auto.get_tokenizer_config(name)
+    past = f"{name}'s tokenizer gives ids up to {last}, past the end of the embedding's {rows} rows"
+    check(last < max(rows, grown * len(tokenizer)), f"{past}. {remedy}")
+    # transformers 4 put BOS before a text where a Llama tokenizer does not say; 5 does not.
+    asked = given.get("add_bos_token", not exact and "Llama" in str(given.get("tokenizer_class")))
+    has = not asked or leading_ids(tokenizer) == [tokenizer.bos_token_id]
+    check(has, f"the tokenizer of {name} gives no BOS, which its files ask for. {remedy}")
+    return tokenizer
+
+
+# Copied from finetune_full/finetune_full.py
+def read_model(script, tokenizer, source, **options):
+    """The model, frozen where text does not pass; refused if weights are missing."""
+    remote = {"trust_remote_code": script.trust_remote_code}
+    config, load = transformers.AutoConfig.from_pretrained(source, **remote), AutoModelForCausalLM
+    if keep_run:  # a model that sees, too, and weights that are published quantised
+        load = keep_run.prepare(config, source, options)
+    is_plain, packed = config.get_text_config() is config, hasattr(config, "quantization_config")
+    check(keep_run or is_plain, "a model that sees needs `jobs` beside this script's directory.")
+    options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
+    model, info = load.from_pretrained(source, config=config, **options, **remote)
+    missing = sorted(info["missing_keys"])[:3]
+    check(not missing, f"{source} lacks weights: {missing} would be random.")
+    if keep_run and (parts := keep_run.freeze_beside_text(model)):
+        say("frozen", f"{', '.join(parts)}: text does not pass there")
+    if packed:
+        model._weight_conversions = None  # it would be saved packed again, or by other names
+    model.loss_type = "ForCausalLM"  # gpt2 names none and divides by a wrong number of tokens
+    model.accepts_loss_kwargs = True  # the number of tokens, which composites seem to refuse
+    ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
+    model.generation_config.eos_token_id = sorted(ends)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature or the like without do_sample: nothing could be saved
+        model.generation_config.do_sample = True
+    return model

@@ -1,0 +1,247 @@
+"""What a training script does around its training: marked copies of parts of the older scripts.
+
+finetune_dpo.py imports this file: the settings and the adapter of finetune_lora.py, reading rows,
+precision, the banner, the results.
+"""
+
+import json
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import keep_run
+import model_layers
+import torch
+import transformers
+from model_text import read_model
+from pyarrow.parquet import ParquetFile
+from run_common import check, fail, say
+from transformers.hf_argparser import HfArg
+from transformers.trainer_pt_utils import get_model_param_count
+
+
+# Copied from finetune_lora/finetune_lora.py
+@dataclass
+class ScriptArguments:
+    model_name_or_path: str = HfArg(help="Directory or hub name of the model.")
+    train_file: list[str] | None = HfArg(default=None, help="JSON Lines, JSON or Parquet files.")
+    validation_file: list[str] | None = HfArg(default=None, help="The same, for evaluations.")
+    dataset_name: str | None = HfArg(default=None, help="Hub data set instead of --train_file.")
+    dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
+    max_length: int | None = HfArg(default=None, help="Tokens per example. Default: up to 1024.")
+    chat_template: str | None = HfArg(default=None, help="alpaca, or a Jinja file.")
+    chat_template_kwargs: str = HfArg(default="{}", help='Like {"enable_thinking": false}.')
+    precision: str = HfArg(default="auto", help="auto (what the GPU has), bf16, fp16 or fp32.")
+    attn_implementation: str | None = HfArg(default=None, help="eager, sdpa, flash_attention_2.")
+    early_stopping_patience: int | None = HfArg(default=None, help="Saves without a lower loss.")
+    trust_remote_code: bool = HfArg(default=False, help="Run the repository's code. Read it first.")
+    lora_r: int = HfArg(default=16, help="Rank: capacity and memory grow with it.")
+    lora_alpha: float = HfArg(default=32, help="What the adapter adds is scaled by alpha / r.")
+    lora_dropout: float = HfArg(default=0.0, help="Share of inputs left out; 0.05 for few data.")
+    lora_target_modules: str = HfArg(default="all-linear", help="all-linear, NAME,NAME or none.")
+    modules_to_save: str | None = HfArg(default=None, help="NAME,NAME of modules to train whole.")
+    new_tokens: str | None = HfArg(default=None, help='"<a>,<b>": train their rows, too.')
+    load_in_8bit: bool = HfArg(default=False, help="Base in 8 bit: half of 16 bit's memory.")
+    load_in_4bit: bool = HfArg(default=False, help="Base in 4 bit (QLoRA): a quarter, slower.")
+    allow_partly_quantized: bool = HfArg(default=False, help="Even if most of it stays in 16 bit.")
+
+    def __post_init__(self):  # NAME,NAME becomes a list
+        for option in ("lora_target_modules", "modules_to_save", "new_tokens"):
+            names = (getattr(self, option) or "").split(",")
+            setattr(self, option, [name.strip() for name in names if name.strip()])
+
+
+# Copied from finetune_lora/finetune_lora.py
+def load_model(script, training, tokenizer, resume):
+    """The base, in the precision that is computed in or quantised, and the adapter on it."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    options = {"dtype": dtypes[script.precision]}
+    if bits := 8 * script.load_in_8bit or 4 * script.load_in_4bit:
+        # The quantiser passes over subclasses of Linear.
+        transformers.models.falcon.modeling_falcon.FalconLinear = torch.nn.Linear
+        options["device_map"] = {"": str(training.device)}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_8bit=script.load_in_8bit,
+            load_in_4bit=script.load_in_4bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
+    model = read_model(script, tokenizer, script.model_name_or_path, **options)
+    done = [m for m in model.modules() if type(m).__module__ == "bitsandbytes.nn.modules"]
+    for layer in done:
+        layer.support_avx512bf16_for_cpu = False  # or an evaluation on a CPU spoils the training
+    check(done or not bits, f"no layer was quantised: leave --load_in_{bits}bit out.")
+    kind = f"{len(done)} layers in {bits} bit, else " if bits else ""
+    memory = f"{model.get_memory_footprint() / 2**20:,.1f} MiB"
+    if bits and model_layers:
+        memory += f"; {model_layers.prepare_rounded(model, script, training)}"
+    say("base", f"{kind}{script.precision}; frozen; {memory}")
+    if Path(script.model_name_or_path).is_dir():  # so that the adapter finds it from anywhere
+        model.name_or_path = str(Path(script.model_name_or_path).resolve())
+    return add_adapter(script, training, tokenizer, model)
+
+
+# Copied from finetune_lora/finetune_lora.py
+def add_adapter(script, training, tokenizer, model):
+    """Freeze the model and put on it what is trained, in fp32."""
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    whole, weights, modules = script.modules_to_save, [], script.lora_target_modules
+    if model_layers:  # experts, too, and nothing that passes an adapter by
+        modules, weights, whole = model_layers.find_targets(model, script)
+    else:
+        is_plain = not whole and all(weight.dim() < 3 for weight in model.parameters())
+        problem = "--modules_to_save, experts and Mamba layers need `jobs` beside"
+        check(is_plain, f"{problem} this script's directory.")
+        modules = {"all-linear": "all-linear", "none": []}.get(",".join(modules), modules)
+    # A file may hold a head of its own in spite of its configuration, as Falcon's does.
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    model.config.tie_word_embeddings = head.weight is embedding.weight
+    ends = [embedding] if head.weight is embedding.weight else [embedding, head]
+    ends = [name for name, module in model.named_modules() if module in ends]
+    rows = [tokenizer.get_vocab()[token] for token in script.new_tokens]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=modules or DUMMY_TARGET_MODULES,  # which match no layer
+        target_parameters=weights or None,
+        modules_to_save=whole or None,
+        trainable_token_indices=dict.fromkeys(ends, rows) if rows else None,
+    )
+    warnings.filterwarnings("ignore", module="peft|transformers")  # of what PEFT mends itself
+    transformers.set_seed(training.seed)  # the adapter begins at random
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # some of DeepSpeed's files want 16 bit, and keep fp32 copies
+            parameter.data = parameter.data.to(getattr(training, "kept_in", torch.float32))
+    lost = {*modules} - {*model.base_model.targeted_module_names} if model_layers else ()
+    check(not lost, f"PEFT puts nothing beside {lost}: name others by --lora_target_modules.")
+    return model
+
+
+# Copied from finetune_full/finetune_full.py
+def choose_precision(values):
+    """Set the precision that the GPU has, or refuse what it has not; return the reason."""
+    asked = {name for name in ("bf16", "fp16") if values[name]} | {values["precision"]} - {"auto"}
+    known = asked <= {"bf16", "fp16", "fp32"} and len(asked) < 2
+    check(known, "--precision is auto, bf16, fp16 or fp32, and must not contradict --bf16, --fp16.")
+    best, reason, impossible = "fp32", "no GPU in use", "fp16"
+    if torch.cuda.is_available() and not values["use_cpu"]:
+        capability = torch.cuda.get_device_capability()
+        best, impossible = ("bf16", None) if capability >= (8, 0) else ("fp16", "bf16")
+        reason = "compute capability {}.{}".format(*capability)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess and warn
+        values["use_cpu"] |= not values["deepspeed"]  # or Trainer takes several processes for one
+    values["precision"] = precision = min(asked, default=best)
+    check(precision != impossible, f"--precision {precision} does not work here: {reason}.")
+    values.update(bf16=precision == "bf16", fp16=precision == "fp16")
+    return reason
+
+
+# Copied from finetune_full/finetune_full.py
+def read_rows(source):
+    """Yield (place, row) of JSON Lines, JSON (a list) and Parquet files, or of a data set."""
+    for file in source:
+        place, rows, is_lines = str(file), file, False
+        try:
+            if place.lower().endswith(".parquet"):
+                batches = ParquetFile(file).iter_batches()
+                rows = (row for batch in batches for row in batch.to_pylist())
+            elif isinstance(file, str):
+                rows = Path(file).open(encoding="utf-8-sig")  # noqa: SIM115 -- the loop reads it
+                is_lines = not rows.read(1000).lstrip().startswith("[")
+                rows.seek(0)
+                rows = rows if is_lines else json.load(rows)
+            for number, row in enumerate(rows, 1):
+                place = f"{file}, row {number}"
+                if not is_lines or row.strip():
+                    row = json.loads(row) if is_lines else row
+                    check(isinstance(row, dict), f"{place}: a row must be an object.")
+                    yield place, row
+        except Exception as error:  # of a damaged file, anything
+            place = str(file) if isinstance(error, UnicodeError) else place
+            fail(f"{place}: {error} (wanted: objects, one a line or in a list, in UTF-8; Parquet)")
+
+
+# Copied from finetune_full/finetune_full.py
+def peak_memory(of=torch.cuda.max_memory_allocated):
+    """Peak memory in GiB: of this process's GPU where it uses one, else of the process."""
+    host = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    return of() / 2**30 or host
+
+
+# Copied from finetune_full/finetune_full.py
+def print_banner(script, trainer, run, resume):
+    """Say what is done and why, and show an example with the part that carries loss."""
+    args, model, rows = trainer.args, trainer.model, trainer.train_dataset
+    total, trained = run["total_parameters"], run["trainable_parameters"]
+    counts = f"{total:,} parameters, {trained:,} of them trained ({trained / total:.2%})"
+    kept = next(str(p.dtype)[6:] for p in model.parameters() if p.requires_grad)
+    say("model", f"{script.model_name_or_path} ({model.config.model_type}), {counts} in {kept}")
+    say("device", f"{args.world_size} x {run['device']}, {script.precision} ({script.reason})")
+    say("attention", f"{model.config._attn_implementation}; no mask, rows right-padded")
+    size, parts = args.train_batch_size * args.world_size, args.gradient_accumulation_steps
+    tokens = size * parts * sum(rows["length"]) / len(rows)
+    say("batch", f"{size} rows x {parts} accumulated, about {tokens:,.0f} tokens a step")
+    say("output", args.output_dir)
+    say("resume", resume or "from the start (no checkpoint)")
+    text, pairs = "", zip(rows[0]["input_ids"], rows[0]["labels"], strict=True)
+    for learned, part in groupby(pairs, key=lambda pair: pair[1] != -100):
+        piece = trainer.processing_class.decode([token for token, _ in part])
+        text += f"[[{piece}]]" if learned else piece
+    text = text if len(text) < 300 else f"{text[:100]} ... {text[-190:]}"
+    say("example", text.replace("\n", "\\n") + "    ([[ ]] carries loss)")
+
+
+# Copied from finetune_full/finetune_full.py
+def begin(script, trainer, given, run, resume):
+    """Say what is done, and hand the run to what keeps it."""
+    args, model = trainer.args, trainer.model
+    if hasattr(model, "get_nb_trainable_parameters"):  # PEFT knows of packed and of single rows
+        trained, total = model.get_nb_trainable_parameters()
+    else:
+        trained, total = (get_model_param_count(model, only) for only in (True, False))
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
+    run |= {"trainable_parameters": trained, "total_parameters": total, "device": device}
+    print_banner(script, trainer, run, resume)
+    model.config.use_cache = True  # for whoever loads the result; batches say False
+    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # gradients once, not twice
+    trainer.remove_callback(transformers.PrinterCallback)
+    if keep_run:
+        trainer.add_callback(keep_run.KeepRun(trainer, given, run, resume))
+    trainer.began = trainer.last = time.time()
+
+
+# Copied from finetune_full/finetune_full.py
+def save_results(trainer, run):
+    """Model, tokenizer, trainer_state.json; all_results.json last: it marks the run as finished."""
+    trainer.save_model()
+    history = trainer.state.log_history
+    evaluation = {} if trainer.args.load_best_model_at_end or len(history) < 2 else history[-2]
+    if trainer.eval_dataset is not None and "eval_loss" not in evaluation:
+        evaluation = trainer.evaluate()
+    trainer.save_state()
+    seconds, steps = time.time() - trainer.began, [entry for entry in history if "loss" in entry]
+    learned = sum(entry["num_learned"] for entry in steps)
+    loss = sum(entry["loss"] * entry["num_learned"] for entry in steps) / learned
+    speed, count = trainer.tokens_seen / seconds, trainer.state.global_step
+    peaks = [peak_memory(), peak_memory(torch.cuda.max_memory_reserved)]  # the most of any process
+    peaks = trainer.accelerator.gather(torch.tensor([peaks], device=trainer.args.device)).amax(0)
+    memory, reserved = peaks.tolist()
+    results = {**run, "train_loss": loss, "train_runtime": seconds, "steps": count}
+    results |= {"train_tokens_per_second": speed}
+    results |= {"peak_memory_gib": memory, "peak_reserved_gib": reserved}
+    results |= {f"train_{name}": value for name, value in steps[-1].items() if "/" in name}
+    results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
+    trainer.save_metrics("all", results, combined=False)
+    speed = f"{count:,} steps, {seconds:,.0f} s, {speed:,.0f} tok/s"
+    more = f" ({reserved:.2f} reserved)" if reserved != memory else ""
+    say("done", f"loss {loss:.4f}, {speed}, peak {memory:.2f} GiB{more}")
