@@ -35,6 +35,25 @@ GONE = {
     "--load_in_8bit true",
 }
 
+# The same for finetune_grpo.py, of TRL's options and of those that make no sense with rewards.
+ONCE = "each answer trains once, so that nothing is clipped: leave it out"
+ELSEWHERE = "score the result instead: ../generate_text, then ../jglue/evaluate_jglue.py"
+GRPO_REFUSED = {
+    "delta epsilon off_policy num_iterations generation_batch": ONCE,
+    "do_eval eval_ early_ load_best num_generations_eval": ELSEWHERE,
+    "per_device_eval prediction_loss validation_file": ELSEWHERE,
+    "sapo_ vespo_": "the --loss_type is dapo, grpo, bnpo or dr_grpo",
+    "new_tokens": "teach them by finetune_lora.py before",
+    "lora_dropout": "an answer is to be scored by the very model that gave it",
+    "neftune torch_compile": "an answer is to be scored by the very model that gave it",
+    "log_completions log_multimodal log_unique num_completions_to": "see the lines `answers`",
+    "sync_ref ref_model_ use_adaptive entropy_coef_ entropy_target": "a resume would not be exact",
+    "model_init reward_weights multi_objective max_tool use_transformers transformers_": (
+        "leave it out"
+    ),
+    "include_num train_sampling cast_lm_head generation_kwargs ds3_gather": "leave it out",
+}
+
 
 def read_words(words):
     """The words of a command line; a settings file in front as its options, ~ as the home."""
@@ -80,6 +99,8 @@ def check_arguments(script, training, given):
         if isinstance(value, int | float):
             is_count = name.endswith(("steps", "epochs", "size", "patience", "factor", "timeout"))
             check(0 <= value < 2**32 and (value or not is_count), f"--{name} cannot be {value}.")
+    if hasattr(training, "num_generations"):
+        check_grpo(script, training, given)
     model, output_dir = Path(script.model_name_or_path), Path(training.output_dir).resolve()
     is_name = len(model.parts) == 1 or (len(model.parts) == 2 and not model.parent.is_dir())
     check(model.exists() or is_name, f"--model_name_or_path {model} is not here, nor a hub name.")
@@ -88,7 +109,7 @@ def check_arguments(script, training, given):
     check_data(script, training, given)
     if hasattr(script, "beta"):
         check_preferences(script, given)
-    if hasattr(script, "lora_r"):
+    if hasattr(script, "lora_r") and not getattr(training, "full", False):
         check_lora(script, training, given)
     elif hasattr(script, "train"):
         check_lastlayer(script, training)
@@ -180,6 +201,26 @@ def check_preferences(script, given):
         f"--full true has no adapter: leave out --{', --'.join(given)}.",
     )
     check(not script.new_tokens, "--new_tokens: teach them by finetune_lora.py, then start here.")
+
+
+def check_grpo(script, training, given):
+    """Refuse what finetune_grpo.py cannot do, or would only seem to do."""
+    for name in given:
+        whys = [w for starts, w in GRPO_REFUSED.items() if name.startswith(tuple(starts.split()))]
+        check(not whys, f"--{name} does not work here: {' '.join(whys)}.")
+        is_vllm = name.startswith(("use_vllm", "vllm_"))
+        check(not is_vllm or find_spec("vllm"), f"--{name}: vllm is not installed. Leave it out.")
+    parts, steps = training.gradient_accumulation_steps, training.steps_per_generation
+    check(steps == parts, f"--steps_per_generation must be the {parts} accumulated: leave it out.")
+    known = training.loss_type in ("dapo", "grpo", "bnpo", "dr_grpo")
+    check(known, f"--loss_type {training.loss_type}: it can be dapo, grpo, bnpo or dr_grpo.")
+    length, hottest = training.max_completion_length, 0 < training.temperature < math.inf
+    check(length > 0, f"--max_completion_length cannot be {length}.")
+    check(hottest, f"--temperature cannot be {training.temperature}.")
+    adapter = [name for name in given if name.startswith(("lora_", "load_in_", "modules_to"))]
+    check(not (training.full and adapter), f"--full true trains no adapter: {adapter} has no use.")
+    parted = is_deepspeed_zero3_enabled() and training.full and training.beta
+    check(not parted, "ZeRO-3 parts no reference model. Take zero2.json, or --beta 0.")
 
 
 def check_lastlayer(script, training):

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Draw a training's losses over its steps: OUTPUT_DIR/trainer_state.json -> OUTPUT_DIR/loss.png.
 
+Of a training by rewards (GRPO), the reward and its parts as well.
+
 By hand       python ../jobs/draw_loss.py output        (the job files do it after training)
 """
 
@@ -38,15 +40,19 @@ def main(argv=None):
     except OSError as error:
         partial.unlink(missing_ok=True)
         fail(f"{picture} cannot be written ({error.strerror}). See ls -ld, df -h and your quota.")
-    print(f"picture    {picture}: {' and '.join(losses)} loss{replaced}")
+    named = " and ".join(name for name in losses if not name.startswith("reward")) + " loss"
+    named += " and reward" * ("reward" in losses)
+    print(f"picture    {picture}: {named}{replaced}")
 
 
 def read_losses(path):
-    """Return {"training": [(step, loss), ...], "validation": ...}, what there is of the two."""
+    """Return {"training": [(step, loss), ...], "validation": ..., "reward": ...}, what there is."""
     losses = {}
     try:
         history = json.loads(path.read_text("utf-8"))["log_history"]
-        for name, key in (("training", "loss"), ("validation", "eval_loss")):
+        rewards = sorted({key for entry in history for key in entry if key.startswith("reward")})
+        rewards = {key: key for key in rewards if key == "reward" or key.startswith("reward/")}
+        for name, key in ({"training": "loss", "validation": "eval_loss"} | rewards).items():
             points = [(int(entry["step"]), float(entry[key])) for entry in history if key in entry]
             if points:
                 losses[name] = points
@@ -60,14 +66,19 @@ def draw(losses, title, path, unit):
     warnings.filterwarnings("ignore", "Glyph .* missing")  # of Japanese names; boxes will do
     from matplotlib.figure import Figure
 
-    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    count = 1 + ("reward" in losses)
+    figure = Figure(figsize=(7, 3 + count if count > 1 else 4), layout="constrained")
+    panels = figure.subplots(count, squeeze=False, sharex=True)[:, 0]
     for name, points in losses.items():
-        axes.plot(*zip(*points, strict=True), ".-" if name == "training" else "o--", label=name)
-    axes.set(xlabel="step", ylabel=f"loss per {unit} (nats)")
-    axes.set_title(f"{title[:60]}: loss", parse_math=False)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    axes.figure.savefig(path, dpi=120, metadata={"Software": SIGNATURE})
+        axes = panels[-1] if name.startswith("reward") else panels[0]
+        axes.plot(*zip(*points, strict=True), "o--" if name == "validation" else ".-", label=name)
+    panels[0].set_ylabel("loss" if count > 1 else f"loss per {unit} (nats)")
+    panels[0].set_title(f"{title[:60]}: loss" + " and reward" * (count > 1), parse_math=False)
+    panels[-1].set_xlabel("step")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120, metadata={"Software": SIGNATURE})
 
 
 def fail(message):

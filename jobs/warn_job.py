@@ -26,6 +26,8 @@ def read_job(gpus, script, *words):
     if script == "finetune_dpo.py":
         raise ValueError("two answers a row and a reference are not estimated")
     words = list(words)
+    if script == "finetune_grpo.py":
+        raise ValueError("sampling and a reference are not estimated")
     if words and words[0].lower().endswith((".yaml", ".yml", ".json")):
         settings = yaml.safe_load(Path(words.pop(0)).expanduser().read_text("utf-8"))
         settings.pop("run", None)

@@ -13,6 +13,7 @@ LIMITS = {
     "finetune_lora/finetune_lora.py": 725,
     "finetune_lastlayer/finetune_lastlayer.py": 741,
     "finetune_dpo/finetune_dpo.py": 340,
+    "finetune_grpo/finetune_grpo.py": 450,
     "generate_text/generate_text.py": 550,
     "jglue/evaluate_jglue.py": 511,
     "generate_text/chat.py": 393,

@@ -1,0 +1,44 @@
+#!/bin/bash
+# Train a LoRA adapter by rewards for the model's own answers (GRPO). From here: qsub -P GROUP job.sh   (by hand: bash job.sh)
+# Submitted again, it goes on from its last checkpoint. With the 8 GPUs of a node: qsub -P GROUP -q rt_HF job.sh
+#PBS -N finetune_grpo
+#PBS -q rt_HG
+#PBS -l select=1
+#PBS -l walltime=1:00:00
+#PBS -j oe
+#PBS -k oed
+# A job is a copy of this file in the spool of PBS; by hand, $0 tells the directory.
+if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$(dirname "$0")"; fi || exit 2
+[[ -f ../jobs/env.sh && -f finetune_grpo.py ]] ||
+  { echo "error: no finetune_grpo.py and ../jobs/env.sh in $PWD. Submit from this job file's directory" >&2; exit 2; }
+source ../jobs/env.sh || exit
+
+# Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
+if [[ -z ${MODEL:-}${CONFIG:-} && -d ../tiny_model/output/llama ]]; then # first SFT, until it is sometimes right
+  CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} python ../finetune_full/finetune_full.py --max_steps 16 \
+    --model_name_or_path ../tiny_model/output/llama --train_file ../jglue/output/jcommonsenseqa_train.jsonl \
+    --output_dir output/start --learning_rate 3e-3 --per_device_train_batch_size 32 --save_strategy no || exit
+  MODEL=output/start ARGS="--learning_rate 2e-3 --per_device_train_batch_size 64 --max_steps 50 ${ARGS:-}"
+  ARGS="--max_completion_length 8 --logging_steps 5 $ARGS"
+fi
+MODEL=${MODEL:-../tiny_model/output/llama}
+TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jcommonsenseqa_train.jsonl}
+OUTPUT_DIR=${OUTPUT_DIR:-output}
+SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR"
+  --save_steps 50 --save_total_limit 2)
+# A file of `name: value` lines, such as a run_args.yaml, in place of the variables above: qsub -v CONFIG=my.yaml
+[[ -z ${CONFIG:-} ]] || SETTINGS=("$CONFIG") OUTPUT_DIR=$(sed -n 's/^output_dir: *//p' "$CONFIG" 2>&-)
+read -r -d '' -a WORDS <<<"${ARGS:-}" # split into words; nothing in them is executed or expanded
+[[ -z ${DEEPSPEED:-} ]] || WORDS=(--deepspeed "$DEEPSPEED" "${WORDS[@]}") # ../deepspeed_configs/zero2.json, say
+
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || exit
+LAUNCH=(python)
+if ((GPUS > 1)) || [[ $GPUS == 1 && -n ${DEEPSPEED:-}${CONFIG:-} ]]; then # a settings file may ask for DeepSpeed
+  LAUNCH=(python ../jobs/run_ranks.py torchrun --standalone --nproc_per_node "$GPUS") # it names the rank that failed
+fi
+((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
+((GPUS == 0)) || timeout 120 python ../jobs/warn_job.py "$GPUS" finetune_grpo.py "${SETTINGS[@]}" "${WORDS[@]}" "$@" &
+bash ../jobs/wait_lock.sh "${OUTPUT_DIR:-output}" && "${LAUNCH[@]}" finetune_grpo.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
+status=$? # of the training, whatever becomes of the picture; --since: of this job's losses only
+((status != 0)) || python ../jobs/draw_loss.py "$OUTPUT_DIR" --since $(($(date +%s) - SECONDS))
+exit "$status"
