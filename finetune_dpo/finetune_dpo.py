@@ -28,6 +28,7 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset, Features, List, Value
+from pyarrow import compute
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -92,9 +93,8 @@ def format_row(row, tokenizer):
     return "messages", pair
 
 
-def make_examples(source, tokenizer, max_length):
+def make_examples(source, tokenizer, max_length, form=None):
     """Yield all pairs, prompt + chosen + prompt + rejected, each with its outcome."""
-    form = None
     for place, row in read_rows(source):
         try:
             found, pair = format_row(row, tokenizer)
@@ -115,7 +115,7 @@ def make_examples(source, tokenizer, max_length):
         ids, labels = parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
         example = {"input_ids": ids, "labels": labels, "length": len(ids)}
         yield {**example, "form": form, "outcome": outcome}
-    check(form, f"{source} has no rows.")
+    check(form, f"{' '.join(map(str, source))} has no rows.")
 
 
 # Copied from finetune_full/finetune_full.py
@@ -131,15 +131,16 @@ def load_data(script, training, tokenizer, max_length, files):
         for name, source in sources.items():
             if not source:
                 continue
-            args = {"source": source, "tokenizer": tokenizer, "max_length": max_length}
+            args = {"source": tuple(source), "tokenizer": tokenizer, "max_length": max_length}
             # The cache must notice other contents, another tokenizer or template, an edit above.
             key = datasets.fingerprint.Hasher.hash([files, Path(__file__).read_bytes(), args])
-            data = Dataset.from_generator(make_examples, COLUMNS, gen_kwargs=args, fingerprint=key)
-            outcomes = list(data["outcome"])
-            data = data.select([i for i, how in enumerate(outcomes) if how != "dropped"])
+            make = (keep_run or Dataset).from_generator  # jobs/prepare_data.py uses all cores
+            data = make(make_examples, COLUMNS, gen_kwargs=args, fingerprint=key)
+            cut, lost = (compute.equal(data.data["outcome"], how) for how in ("cut", "dropped"))
+            data = data.select(compute.indices_nonzero(compute.invert(lost)))
             check(len(data), f"{name}: nothing to learn from within {max_length} tokens.")
-            cut, lost = outcomes.count("cut"), outcomes.count("dropped")
-            counts = f"{len(data):,} examples, {sum(data['length']):,} tokens; {cut:,} cut"
+            cut, lost = (compute.sum(column).as_py() for column in (cut, lost))
+            counts = f"{len(data):,} examples, {sum(data['length'][:]):,} tokens; {cut:,} cut"
             say(name, f"{counts} at {max_length} tokens, {lost:,} dropped (no answer left)")
             # Up to what all ranks take at once: Trainer would let some rows count twice.
             gap = -len(data) % (rows[name] * training.world_size)
@@ -242,7 +243,7 @@ class FineTuner(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            sampler = EpochSampler(sampler.batch_size, lengths=list(sampler.lengths))
+            sampler = EpochSampler(sampler.batch_size, lengths=sampler.lengths[:])
             sampler.trainer = self
         return sampler
 

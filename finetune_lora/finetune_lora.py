@@ -21,14 +21,14 @@ import time
 import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
 from datasets import Dataset, Features, List, Value
-from pyarrow.parquet import ParquetFile
+from pyarrow import compute, parquet
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_count
@@ -172,13 +172,14 @@ def leading_ids(tokenizer):
     return ids[: ids.index(text[0])]
 
 
-def encode(pieces, tokenizer):
+def encode(pieces, tokenizer, first=None):
     """Return (ids, labels) of pieces, with BOS once in front where the tokenizer adds it."""
+    first = leading_ids(tokenizer) if first is None else first
     # Each piece is tokenized apart, so that a prompt has the same ids in generation.
-    ids, labels, first = [], [], leading_ids(tokenizer)
-    for text, learned in pieces:
-        text.encode()  # raises on half a surrogate pair, which JSON can write
-        new = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids, labels, texts = [], [], [text for text, _ in pieces]
+    "".join(texts).encode()  # raises on half a surrogate pair, which JSON can write
+    found = texts and tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    for (_, learned), new in zip(pieces, found, strict=True):
         if not ids and new[: len(first)] != first:
             ids, labels = list(first), [-100] * len(first)
         ids += new
@@ -186,13 +187,13 @@ def encode(pieces, tokenizer):
     return ids, labels
 
 
-def make_examples(source, tokenizer, max_length):
+def make_examples(source, tokenizer, max_length, form=None):
     """Yield the examples of all rows, each with its outcome: kept, cut or dropped."""
-    form = None
+    first = leading_ids(tokenizer)
     for place, row in read_rows(source):
         try:
             found, examples = format_row(row, tokenizer)
-            encoded = [(pieces, *encode(pieces, tokenizer)) for pieces in examples]
+            encoded = [(pieces, *encode(pieces, tokenizer, first)) for pieces in examples]
         except Exception as error:  # a template can raise anything
             fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
         if not form and found in ("messages", "instruction") and turn_end_id(tokenizer) is None:
@@ -209,7 +210,7 @@ def make_examples(source, tokenizer, max_length):
                 outcome = "dropped" if is_empty or set(part[1:]) <= {-100} else outcome
                 example = {"input_ids": ids[start : start + max_length], "labels": part}
                 yield {**example, "length": len(part), "form": form, "outcome": outcome}
-    check(form, f"{source} has no rows.")
+    check(form, f"{' '.join(map(str, source))} has no rows.")
 
 
 def load_data(script, training, tokenizer, max_length, files):
@@ -224,15 +225,16 @@ def load_data(script, training, tokenizer, max_length, files):
         for name, source in sources.items():
             if not source:
                 continue
-            args = {"source": source, "tokenizer": tokenizer, "max_length": max_length}
+            args = {"source": tuple(source), "tokenizer": tokenizer, "max_length": max_length}
             # The cache must notice other contents, another tokenizer or template, an edit above.
             key = datasets.fingerprint.Hasher.hash([files, Path(__file__).read_bytes(), args])
-            data = Dataset.from_generator(make_examples, COLUMNS, gen_kwargs=args, fingerprint=key)
-            outcomes = list(data["outcome"])
-            data = data.select([i for i, how in enumerate(outcomes) if how != "dropped"])
+            make = (keep_run or Dataset).from_generator  # jobs/prepare_data.py uses all cores
+            data = make(make_examples, COLUMNS, gen_kwargs=args, fingerprint=key)
+            cut, lost = (compute.equal(data.data["outcome"], how) for how in ("cut", "dropped"))
+            data = data.select(compute.indices_nonzero(compute.invert(lost)))
             check(len(data), f"{name}: nothing to learn from within {max_length} tokens.")
-            cut, lost = outcomes.count("cut"), outcomes.count("dropped")
-            counts = f"{len(data):,} examples, {sum(data['length']):,} tokens; {cut:,} cut"
+            cut, lost = (compute.sum(column).as_py() for column in (cut, lost))
+            counts = f"{len(data):,} examples, {sum(data['length'][:]):,} tokens; {cut:,} cut"
             say(name, f"{counts} at {max_length} tokens, {lost:,} dropped (no answer left)")
             # Up to what all ranks take at once: Trainer would let some rows count twice.
             gap = -len(data) % (rows[name] * training.world_size)
@@ -396,7 +398,7 @@ class FineTuner(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            sampler = EpochSampler(sampler.batch_size, lengths=list(sampler.lengths))
+            sampler = EpochSampler(sampler.batch_size, lengths=sampler.lengths[:])
             sampler.trainer = self
         return sampler
 
@@ -521,18 +523,17 @@ def find_run(script, training, given):
 
 def read_rows(source):
     """Yield (place, row) of JSON Lines, JSON (a list) and Parquet files, or of a data set."""
-    for file in source:
+    for file, start, stop in (s if isinstance(s, tuple) else (s, 0, None) for s in source):
         place, rows, is_lines = str(file), file, False
         try:
             if place.lower().endswith(".parquet"):
-                batches = ParquetFile(file).iter_batches()
-                rows = (row for batch in batches for row in batch.to_pylist())
+                rows = (r for b in parquet.ParquetFile(file).iter_batches() for r in b.to_pylist())
             elif isinstance(file, str):
                 rows = Path(file).open(encoding="utf-8-sig")  # noqa: SIM115 -- the loop reads it
                 is_lines = not rows.read(1000).lstrip().startswith("[")
                 rows.seek(0)
                 rows = rows if is_lines else json.load(rows)
-            for number, row in enumerate(rows, 1):
+            for number, row in enumerate(islice(rows, start, stop), start + 1):
                 place = f"{file}, row {number}"
                 if not is_lines or row.strip():
                     row = json.loads(row) if is_lines else row
@@ -663,7 +664,7 @@ def print_banner(script, trainer, run, resume):
     say("device", f"{args.world_size} x {run['device']}, {script.precision} ({script.reason})")
     say("attention", f"{model.config._attn_implementation}; no mask, rows right-padded")
     size, parts = args.train_batch_size * args.world_size, args.gradient_accumulation_steps
-    tokens = size * parts * sum(rows["length"]) / len(rows)
+    tokens = size * parts * sum(rows["length"][:]) / len(rows)
     say("batch", f"{size} rows x {parts} accumulated, about {tokens:,.0f} tokens a step")
     say("output", args.output_dir)
     say("resume", resume or "from the start (no checkpoint)")
@@ -708,9 +709,8 @@ def save_results(trainer, run):
     peaks = [peak_memory(), peak_memory(torch.cuda.max_memory_reserved)]  # the most of any process
     peaks = trainer.accelerator.gather(torch.tensor([peaks], device=trainer.args.device)).amax(0)
     memory, reserved = peaks.tolist()
-    results = {**run, "train_loss": loss, "train_runtime": seconds, "steps": count}
-    results |= {"train_tokens_per_second": speed}
-    results |= {"peak_memory_gib": memory, "peak_reserved_gib": reserved}
+    results = run | {"train_loss": loss, "train_runtime": seconds, "train_tokens_per_second": speed}
+    results |= {"steps": count, "peak_memory_gib": memory, "peak_reserved_gib": reserved}
     results |= {f"train_{name}": value for name, value in steps[-1].items() if "/" in name}
     results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     trainer.save_metrics("all", results, combined=False)

@@ -28,6 +28,7 @@ from check_arguments import (  # noqa: F401 -- for the scripts
 )
 from find_run import find_run  # noqa: F401
 from model_layers import check_part, freeze_beside_text, prepare  # noqa: F401
+from prepare_data import from_generator  # noqa: F401
 from run_common import check, fail
 from run_files import (
     find_checkpoints,

@@ -78,13 +78,14 @@ def leading_ids(tokenizer):
 
 
 # Copied from finetune_full/finetune_full.py
-def encode(pieces, tokenizer):
+def encode(pieces, tokenizer, first=None):
     """Return (ids, labels) of pieces, with BOS once in front where the tokenizer adds it."""
+    first = leading_ids(tokenizer) if first is None else first
     # Each piece is tokenized apart, so that a prompt has the same ids in generation.
-    ids, labels, first = [], [], leading_ids(tokenizer)
-    for text, learned in pieces:
-        text.encode()  # raises on half a surrogate pair, which JSON can write
-        new = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids, labels, texts = [], [], [text for text, _ in pieces]
+    "".join(texts).encode()  # raises on half a surrogate pair, which JSON can write
+    found = texts and tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    for (_, learned), new in zip(pieces, found, strict=True):
         if not ids and new[: len(first)] != first:
             ids, labels = list(first), [-100] * len(first)
         ids += new

@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import keep_run
@@ -17,7 +17,7 @@ import model_layers
 import torch
 import transformers
 from model_text import read_model
-from pyarrow.parquet import ParquetFile
+from pyarrow import parquet
 from run_common import check, fail, say
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import get_model_param_count
@@ -149,18 +149,17 @@ def choose_precision(values):
 # Copied from finetune_full/finetune_full.py
 def read_rows(source):
     """Yield (place, row) of JSON Lines, JSON (a list) and Parquet files, or of a data set."""
-    for file in source:
+    for file, start, stop in (s if isinstance(s, tuple) else (s, 0, None) for s in source):
         place, rows, is_lines = str(file), file, False
         try:
             if place.lower().endswith(".parquet"):
-                batches = ParquetFile(file).iter_batches()
-                rows = (row for batch in batches for row in batch.to_pylist())
+                rows = (r for b in parquet.ParquetFile(file).iter_batches() for r in b.to_pylist())
             elif isinstance(file, str):
                 rows = Path(file).open(encoding="utf-8-sig")  # noqa: SIM115 -- the loop reads it
                 is_lines = not rows.read(1000).lstrip().startswith("[")
                 rows.seek(0)
                 rows = rows if is_lines else json.load(rows)
-            for number, row in enumerate(rows, 1):
+            for number, row in enumerate(islice(rows, start, stop), start + 1):
                 place = f"{file}, row {number}"
                 if not is_lines or row.strip():
                     row = json.loads(row) if is_lines else row
@@ -189,7 +188,7 @@ def print_banner(script, trainer, run, resume):
     say("device", f"{args.world_size} x {run['device']}, {script.precision} ({script.reason})")
     say("attention", f"{model.config._attn_implementation}; no mask, rows right-padded")
     size, parts = args.train_batch_size * args.world_size, args.gradient_accumulation_steps
-    tokens = size * parts * sum(rows["length"]) / len(rows)
+    tokens = size * parts * sum(rows["length"][:]) / len(rows)
     say("batch", f"{size} rows x {parts} accumulated, about {tokens:,.0f} tokens a step")
     say("output", args.output_dir)
     say("resume", resume or "from the start (no checkpoint)")
@@ -236,9 +235,8 @@ def save_results(trainer, run):
     peaks = [peak_memory(), peak_memory(torch.cuda.max_memory_reserved)]  # the most of any process
     peaks = trainer.accelerator.gather(torch.tensor([peaks], device=trainer.args.device)).amax(0)
     memory, reserved = peaks.tolist()
-    results = {**run, "train_loss": loss, "train_runtime": seconds, "steps": count}
-    results |= {"train_tokens_per_second": speed}
-    results |= {"peak_memory_gib": memory, "peak_reserved_gib": reserved}
+    results = run | {"train_loss": loss, "train_runtime": seconds, "train_tokens_per_second": speed}
+    results |= {"steps": count, "peak_memory_gib": memory, "peak_reserved_gib": reserved}
     results |= {f"train_{name}": value for name, value in steps[-1].items() if "/" in name}
     results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     trainer.save_metrics("all", results, combined=False)
