@@ -127,7 +127,7 @@ ON_A_GPU = [
     seen("workers", "full llama", BF16, "2 workers"),
     seen("ddp_timeout", "full llama", BF16, "≥ 21600 s"),
     seen("compile_widths", f"full llama {UNEVEN}", f"--torch_compile true {BF16}",
-         "multiples of 64; ≤ 3 graphs for each", f"--torch_compile true {EAGER} {BF16}"),
+         "≤ 8 graphs for all widths", f"--torch_compile true {EAGER} {BF16}"),
     Item("hidden_gpu", "full llama in rt_HC: a driver, no GPU in use", kinds.hidden, "full llama",
          f"CPU's loss ± {EXACT:g}", EXACT),
     Item("merge_note", "merging says what bf16 rounded in training", kinds.merge_note, "lora llama",

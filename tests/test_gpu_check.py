@@ -171,8 +171,12 @@ def test_a_wrong_loss_is_seen(python, tmp_path):
         ("8bit_gradients", {"gradients_8bit": ["bfloat16"]}, {"gradients_8bit": []}),
         ("workers", {"workers": 2}, {"workers": 0}),
         ("ddp_timeout", {"ddp_timeout": 21600}, {"ddp_timeout": 1800}),
-        ("compile_widths", {"widths": [64, 128], "graphs": 2}, {"widths": [64, 100], "graphs": 2}),
-        ("compile_widths", {"widths": [64, 128], "graphs": 6}, {"widths": [64, 128], "graphs": 7}),
+        ("compile_widths", {"widths": [9, 8, 7, 6], "graphs": 8}, {"widths": [9, 8], "graphs": 2}),
+        (
+            "compile_widths",
+            {"widths": [9, 8, 7, 6], "graphs": 6},
+            {"widths": [9, 8, 7, 6], "graphs": 9},
+        ),
         ("memory_told", {"allocated_gib": 1.0}, {"allocated_gib": 2.0}),
     ],
 )
