@@ -66,7 +66,7 @@ def from_generator(generator, features, gen_kwargs, fingerprint):
 
     found, began, last = [make(0)], time.time(), time.time()
     form, file = found[0][0]["form"], found[0].cache_files[0]["filename"]
-    is_cached = Path(file.replace(keys[0], keys[-1])).exists()
+    is_cached = all(Path(file.replace(keys[0], key)).exists() for key in keys)
     helpers = [] if is_cached else start_helpers(make, len(parts), form)
     try:
         for number in range(1, len(parts)):
