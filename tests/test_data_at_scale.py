@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import prepare_data
 import pyarrow as pa
 import pyarrow.parquet as pq
-import datasets
 import pytest
 from conftest import ROOT, load_script, make_tokenizer, write_jsonl
 
