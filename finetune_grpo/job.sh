@@ -15,11 +15,11 @@ source ../jobs/env.sh || exit
 
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
 if [[ -z ${MODEL:-}${CONFIG:-} && -d ../tiny_model/output/llama ]]; then # first SFT, until it is sometimes right
-  CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} python ../finetune_full/finetune_full.py --max_steps 16 \
+  CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} python ../finetune_full/finetune_full.py --max_steps 60 \
     --model_name_or_path ../tiny_model/output/llama --train_file ../jglue/output/jcommonsenseqa_train.jsonl \
-    --output_dir output/start --learning_rate 3e-3 --per_device_train_batch_size 32 --save_strategy no || exit
+    --output_dir output/start --learning_rate 3e-3 --per_device_train_batch_size 21 --save_strategy no || exit
   MODEL=output/start ARGS="--learning_rate 2e-3 --per_device_train_batch_size 64 --max_steps 50 ${ARGS:-}"
-  ARGS="--max_completion_length 8 --logging_steps 5 $ARGS"
+  ARGS="--max_completion_length 4 --logging_steps 5 $ARGS"
 fi
 MODEL=${MODEL:-../tiny_model/output/llama}
 TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jcommonsenseqa_train.jsonl}

@@ -39,7 +39,7 @@ GONE = {
 ONCE = "each answer trains once, so that nothing is clipped: leave it out"
 ELSEWHERE = "score the result instead: ../generate_text, then ../jglue/evaluate_jglue.py"
 GRPO_REFUSED = {
-    "delta epsilon off_policy num_iterations generation_batch": ONCE,
+    "delta epsilon importance_sampling off_policy num_iterations generation_batch": ONCE,
     "do_eval eval_ early_ load_best num_generations_eval": ELSEWHERE,
     "per_device_eval prediction_loss validation_file": ELSEWHERE,
     "sapo_ vespo_": "the --loss_type is dapo, grpo, bnpo or dr_grpo",
@@ -51,7 +51,7 @@ GRPO_REFUSED = {
     "model_init reward_weights multi_objective max_tool use_transformers transformers_": (
         "leave it out"
     ),
-    "include_num train_sampling cast_lm_head generation_kwargs ds3_gather": "leave it out",
+    "include_num train_sampling cast_lm_head generation_kwargs ds3_gather use_bias": "leave it out",
 }
 
 
@@ -219,8 +219,8 @@ def check_grpo(script, training, given):
     check(hottest, f"--temperature cannot be {training.temperature}.")
     adapter = [name for name in given if name.startswith(("lora_", "load_in_", "modules_to"))]
     check(not (training.full and adapter), f"--full true trains no adapter: {adapter} has no use.")
-    parted = is_deepspeed_zero3_enabled() and training.full and training.beta
-    check(not parted, "ZeRO-3 parts no reference model. Take zero2.json, or --beta 0.")
+    parted = is_deepspeed_zero3_enabled() and training.full
+    check(not parted, "ZeRO-3 is for adapters here: leave --full out, or take zero2.json.")
 
 
 def check_lastlayer(script, training):
