@@ -46,10 +46,8 @@ def asked(bench, item):
 def start(bench, item, more, inside=False, env=None, gpus=1, fails=False):
     """Train a tiny model; returns the run, with .out, its directory, and .report."""
     lesson, model, *words = item.words.split()
-    words, out = (
-        f"{TINY} {' '.join(words)} {more}".replace("{data}", str(bench.data)),
-        bench.folder(),
-    )
+    words = f"{TINY} {' '.join(words)} {more}".replace("{data}", str(bench.data))
+    words, out = words.replace("{uneven}", str(bench.uneven)), bench.folder()
     report = [f"{out}.json", item.changes] if inside else None
     run = bench.run(command_of(bench, lesson, model, words, out, gpus, report), env, fails)
     run.out, run.report = out, read_json(report[0]) if inside else {}

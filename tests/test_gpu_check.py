@@ -103,19 +103,19 @@ def test_mfu_is_the_share_of_the_matmul(dry):
 def test_second_start_skips_what_is_done(dry, monkeypatch):
     _, _, before, file = dry
     monkeypatch.setattr(gpu_check, "PYTHON", ["false"])
-    words = ["--dry_run", "--output_file", file, "--items", "full_fp16,liger,lora_13b"]
+    words = ["--dry_run", "--output_file", file, "--items", "full_fp16,lora_13b"]
     status, out, _ = start(*words)
-    assert status == 0 and "0 of 3 to do" in out
+    assert status == 0 and "0 of 2 to do" in out
     assert json.loads(file.read_text("utf-8")) == before
     # With another version, another driver or an edited script they are done anew; so is what failed.
     monkeypatch.setattr(gpu_check, "PINNED", gpu_check.PINNED | {"pip": "1.0"})
     monkeypatch.setattr(gpu_check.Bench, "prepare", lambda bench: None)
     status, out, _ = start(*words)
-    assert status == 1 and "3 of 3 to do" in out and "differs    pip" in out
+    assert status == 1 and "2 of 2 to do" in out and "differs    pip" in out
     after = json.loads(file.read_text("utf-8"))
-    assert {after[name]["status"] for name in ("full_fp16", "liger", "lora_13b")} == {"failed"}
+    assert {after[name]["status"] for name in ("full_fp16", "lora_13b")} == {"failed"}
     assert after["merge_note"] == before["merge_note"]
-    assert "3 of 3 to do" in start(*words)[1]
+    assert "2 of 2 to do" in start(*words)[1]
     file.write_text(json.dumps(before))
 
 
@@ -150,7 +150,7 @@ def test_a_wrong_loss_is_seen(python, tmp_path):
     """The CPU's run has the right positions, the run that stands for the GPU's has wrong ones."""
     bench = gpu_check.Bench(tmp_path, {"memory": 1e15}, True)
     bench.prepare()
-    item, config = ITEMS["full_fp32"], tmp_path / "llama" / "config.json"
+    item, config = ITEMS["full_bf16"], tmp_path / "llama" / "config.json"
     kinds.train(bench, item, kinds.ON_CPU)
     right = config.read_text("utf-8")
     wrong = re.sub(r'"rope_theta": [\d.]+', '"rope_theta": 100.0', right)
@@ -158,8 +158,6 @@ def test_a_wrong_loss_is_seen(python, tmp_path):
     config.write_text(wrong, "utf-8")
     found = gpu_check.do(bench, item, {"gpus": 1})
     assert found["status"] == "differs", found
-    item = replace(ITEMS["full_bf16"])
-    assert gpu_check.do(bench, item, {"gpus": 1})["status"] == "differs"
     assert not (tmp_path / "results").exists()
 
 
@@ -254,6 +252,7 @@ def test_a_failing_item_is_recorded_and_the_others_go_on(monkeypatch, tmp_path):
         replace(items[-1], name="pip", needs="none-1"),
     ]
     monkeypatch.setattr(gpu_check, "ITEMS", items)
+    monkeypatch.setattr(gpu_check, "PYTHON", [sys.executable])
     monkeypatch.setattr(gpu_check.Bench, "prepare", lambda bench: None)
     file = tmp_path / "results.json"
     status, out, _ = start("--dry_run", "--output_file", file)

@@ -877,7 +877,7 @@ def test_likelihoods_of_an_adapter_and_of_turns(models, tmp_path):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    config = LoraConfig(r=4, lora_alpha=128, target_modules="all-linear", init_lora_weights=False)
     base = AutoModelForCausalLM.from_pretrained(models["llama"])
     adapted = get_peft_model(base, config).eval()
     adapted.save_pretrained(tmp_path / "adapter")
