@@ -182,7 +182,8 @@ def test_shell_of_a_job_waits_for_what_it_runs(machine, kind):  # noqa: F811
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_unfinished_is_the_status_of_every_job(machine, job):  # noqa: F811
     """75 of one process as it is; of several by run_ranks.py, whatever torchrun and mpirun say."""
-    run = functools.partial(run_as_pbs, machine, job)
+    more = {"MODEL": "m"} if job.parent.name in ("finetune_dpo", "finetune_grpo") else {}
+    run = functools.partial(run_as_pbs, machine, job, **more)
     if "node" not in job.name:
         assert run(STATUS="75").returncode == 75
     if job in TRAINING_JOBS or "node" in job.name:
