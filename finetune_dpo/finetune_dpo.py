@@ -36,12 +36,20 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
 try:  # all that is not about preferences
     import keep_run
-    from model_text import chat_pieces, encode, load_tokenizer, read_model, texts, turn_end_id
+    from model_text import chat_pieces, encode, texts, turn_end_id
     from pair_trainer import PairTrainer as Trainer
     from pair_trainer import more, without_dropout
     from run_common import check, fail, say
     from script_parts import ScriptArguments as LoraArguments
-    from script_parts import begin, choose_precision, peak_memory, read_rows, save_results
+    from script_parts import (
+        begin,
+        choose_precision,
+        load_tokenizer,
+        peak_memory,
+        read_model,
+        read_rows,
+        save_results,
+    )
     from script_parts import load_model as load_adapted
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}. Put the directory `jobs` beside the one of this script.")

@@ -16,6 +16,8 @@ from run_files import check_lock, find_checkpoints, find_complete, take_lock, wh
 # Arguments that change no weight, by their beginnings; some only where no evaluation matters.
 LED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 FREE = ("output_dir", "resume_from", "ddp_timeout", "log", "report_to", "run_name", "dataloader_")
+# What finetune_full.py holds itself, and others import.
+PARTS = ("model_text", "script_parts", "pair_trainer", "keep_grpo")
 FREE_WITHOUT_BEST = ("eval_", "save_", "per_device_eval", "validation")
 
 
@@ -81,9 +83,9 @@ def describe(script, source):
     uses = [("train", file) for file in script.train_file or []]
     uses += [("validation", file) for file in script.validation_file or []]
     uses += [("template", file) for file in [script.chat_template or ""] if Path(file).is_file()]
-    uses += [("script", source)]
-    if hasattr(script, "beta"):  # what finetune_full.py holds itself
-        uses += [("script", Path(__file__).with_name("model_text.py"))]
+    text, here = Path(source).read_text("utf-8"), Path(__file__)
+    held = [name for name in PARTS if f"from {name} import" in text]
+    uses += [("script", file) for file in [source, *(here.with_name(f"{n}.py") for n in held)]]
     described = []
     for use, file in uses:
         with Path(file).open("rb") as stream:

@@ -13,27 +13,14 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from run_common import check, fail
+from model_text import choose_chat_template, exact_tokenizer, leading_ids
+from run_common import check
 
 # ---- Prompts: the same ids as in training ----
 
 
 # Copied from finetune_full/finetune_full.py
 UNUSED = "system history tools chosen rejected thinking reasoning reasoning_content".split()
-# Copied from finetune_full/finetune_full.py
-CHAT_TEMPLATE = r"""
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '### 応答:\n' + message.content + eos_token + '\n' }}
-    {%- else %}
-        {{- '### ' + ('指示' if message.role == 'user' else message.role) + ':\n' }}
-        {{- message.content + '\n\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '### 応答:\n' }}
-{%- endif %}
-"""
 
 
 # Copied from generate_text/generate_text.py
@@ -85,13 +72,6 @@ def chat_texts(turns, tokenizer):
         texts += [before[len(done) :], after[len(before) :]]
         done = after
     return texts
-
-
-# Copied from finetune_full/finetune_full.py
-def leading_ids(tokenizer):
-    """The ids (a BOS, or none) that this tokenizer puts before every text."""
-    text, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    return ids[: ids.index(text[0])]
 
 
 # ---- Tokenizer and model ----
@@ -200,61 +180,6 @@ def choose_precision(args):
     precision = best if args.precision == "auto" else args.precision
     check(precision != impossible, f"--precision {precision} does not work here: {reason}.")
     return precision, reason
-
-
-# Copied from finetune_full/finetune_full.py
-def choose_chat_template(name, tokenizer, values="{}"):
-    """Set the template named, or ours where the tokenizer has none, with BOS where it adds one."""
-    what, is_known = f"--chat_template {name}", name in (None, "alpaca")
-    try:
-        if name is not None or tokenizer.chat_template is None:
-            template = CHAT_TEMPLATE if is_known else Path(name).read_text("utf-8-sig")
-            tokenizer.chat_template, first = template, leading_ids(tokenizer)
-            text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-            if tokenizer(text, add_special_tokens=False)["input_ids"][: len(first)] != first:
-                tokenizer.chat_template = "{{ bos_token }}" + template
-        what = f"--chat_template_kwargs {values}"
-        for key, value in json.loads(values).items():  # in the template: generation has them, too
-            template = tokenizer.get_chat_template()
-            check(key in template, f"{what}: the template does not use {key}.")
-            default = f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
-            tokenizer.chat_template = default + "{{ '' }}" + template
-    except Exception as error:  # a template can raise anything
-        fail(f"{what}: {error!r}. Two ready templates lie in ../chat_templates.")
-
-
-# Copied from finetune_full/finetune_full.py
-def exact_tokenizer(name, rows, say, grown=False, **remote):
-    """The tokenizer with the ids of the model's own file, which AutoTokenizer may not give."""
-    from sentencepiece import SentencePieceProcessor
-    from transformers.models.auto import tokenization_auto as auto
-
-    off = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
-    names, off = ("tokenizer.json", "spiece.model", "tokenizer.model"), dict.fromkeys(off, False)
-    exact, *models = (auto.cached_file(name, file, **off) for file in names)
-    text, wanted, plain = "", [], {"add_special_tokens": False, "verbose": False}
-    if file := exact or next(filter(None, models), None):  # compared on a text of its own pieces
-        own = auto.TokenizersBackend(tokenizer_file=file) if exact else SentencePieceProcessor(file)
-        text = "It's WE'LL 1234567  e\u0301ＡＢ鬱😀\n\n\n\tｱ" + own.decode([*range(0, len(own), 7)])
-        wanted = own.encode(text, **(plain if exact else {}))
-    for load in (auto.AutoTokenizer, auto.TokenizersBackend)[: 2 if exact else 1]:
-        with suppress(TypeError if exact else ()):  # a class may not even take in the file
-            tokenizer = load.from_pretrained(name, **remote)
-            if same := tokenizer(text, **plain)["input_ids"] == wanted:
-                break
-    command = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
-    remedy = f"Convert it once: {command} --output_dir NEW, and use NEW."
-    check(same, f"the tokenizer of {name} gives other ids than {Path(file).name} itself. {remedy}")
-    if load is auto.TokenizersBackend:
-        say("tokenizer", f"PreTrainedTokenizerFast.from_pretrained({name!r}), not AutoTokenizer")
-    last, given = max(tokenizer.get_vocab().values()), auto.get_tokenizer_config(name)
-    past = f"{name}'s tokenizer gives ids up to {last}, past the end of the embedding's {rows} rows"
-    check(last < max(rows, grown * len(tokenizer)), f"{past}. {remedy}")
-    # transformers 4 put BOS before a text where a Llama tokenizer does not say; 5 does not.
-    asked = given.get("add_bos_token", not exact and "Llama" in str(given.get("tokenizer_class")))
-    has = not asked or leading_ids(tokenizer) == [tokenizer.bos_token_id]
-    check(has, f"the tokenizer of {name} gives no BOS, which its files ask for. {remedy}")
-    return tokenizer
 
 
 # ---- Small things ----

@@ -1,16 +1,14 @@
-"""Texts as token ids, and the model they are for: marked copies of what the training scripts hold.
+"""Texts as token ids: marked copies of what the training scripts hold.
 
-finetune_dpo.py imports this file; a conversation is prepared there as in finetune_full.py.
+finetune_dpo.py, finetune_grpo.py and load_model.py import this file: the ids there are those of
+finetune_full.py.
 """
 
 import json
 from contextlib import suppress
 from pathlib import Path
 
-import keep_run
-import transformers
-from run_common import check, fail, say
-from transformers import AutoModelForCausalLM
+from run_common import check, fail
 
 # Copied from finetune_full/finetune_full.py
 CHAT_TEMPLATE = r"""
@@ -94,19 +92,6 @@ def encode(pieces, tokenizer, first=None):
 
 
 # Copied from finetune_full/finetune_full.py
-def load_tokenizer(script):
-    """Return (tokenizer with a chat template, tokens per example at most)."""
-    name, remote = script.model_name_or_path, {"trust_remote_code": script.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(name, **remote).get_text_config()
-    tokenizer = exact_tokenizer(name, config.vocab_size, say, **remote)
-    choose_chat_template(script.chat_template, tokenizer, script.chat_template_kwargs)
-    limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 10**9)
-    length = min(1024, limit) if script.max_length is None else script.max_length
-    check(2 <= length <= limit, f"--max_length {length} does not fit the {limit} positions.")
-    return tokenizer, length
-
-
-# Copied from finetune_full/finetune_full.py
 def choose_chat_template(name, tokenizer, values="{}"):
     """Set the template named, or ours where the tokenizer has none, with BOS where it adds one."""
     what, is_known = f"--chat_template {name}", name in (None, "alpaca")
@@ -172,31 +157,3 @@ def exact_tokenizer(name, rows, say, grown=False, **remote):
     has = not asked or leading_ids(tokenizer) == [tokenizer.bos_token_id]
     check(has, f"the tokenizer of {name} gives no BOS, which its files ask for. {remedy}")
     return tokenizer
-
-
-# Copied from finetune_full/finetune_full.py
-def read_model(script, tokenizer, source, **options):
-    """The model, frozen where text does not pass; refused if weights are missing."""
-    remote = {"trust_remote_code": script.trust_remote_code}
-    config, load = transformers.AutoConfig.from_pretrained(source, **remote), AutoModelForCausalLM
-    if keep_run:  # a model that sees, too, and weights that are published quantised
-        load = keep_run.prepare(config, source, options)
-    is_plain, packed = config.get_text_config() is config, hasattr(config, "quantization_config")
-    check(keep_run or is_plain, "a model that sees needs `jobs` beside this script's directory.")
-    options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
-    model, info = load.from_pretrained(source, config=config, **options, **remote)
-    missing = sorted(info["missing_keys"])[:3]
-    check(not missing, f"{source} lacks weights: {missing} would be random.")
-    if keep_run and (parts := keep_run.freeze_beside_text(model)):
-        say("frozen", f"{', '.join(parts)}: text does not pass there")
-    if packed:
-        model._weight_conversions = None  # it would be saved packed again, or by other names
-    model.loss_type = "ForCausalLM"  # gpt2 names none and divides by a wrong number of tokens
-    model.accepts_loss_kwargs = True  # the number of tokens, which composites seem to refuse
-    ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
-    model.generation_config.eos_token_id = sorted(ends)
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # a temperature or the like without do_sample: nothing could be saved
-        model.generation_config.do_sample = True
-    return model

@@ -1,7 +1,7 @@
 """What a training script does around its training: marked copies of parts of the older scripts.
 
-finetune_dpo.py imports this file: the settings and the adapter of finetune_lora.py, reading rows,
-precision, the banner, the results.
+finetune_dpo.py and finetune_grpo.py import this file: the settings and the adapter of
+finetune_lora.py, reading rows, tokenizer and model, precision, the banner, the results.
 """
 
 import json
@@ -16,9 +16,10 @@ import keep_run
 import model_layers
 import torch
 import transformers
-from model_text import read_model
+from model_text import choose_chat_template, exact_tokenizer, turn_end_id
 from pyarrow import parquet
 from run_common import check, fail, say
+from transformers import AutoModelForCausalLM
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import get_model_param_count
 
@@ -52,6 +53,47 @@ class ScriptArguments:
         for option in ("lora_target_modules", "modules_to_save", "new_tokens"):
             names = (getattr(self, option) or "").split(",")
             setattr(self, option, [name.strip() for name in names if name.strip()])
+
+
+# Copied from finetune_full/finetune_full.py
+def load_tokenizer(script):
+    """Return (tokenizer with a chat template, tokens per example at most)."""
+    name, remote = script.model_name_or_path, {"trust_remote_code": script.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(name, **remote).get_text_config()
+    tokenizer = exact_tokenizer(name, config.vocab_size, say, **remote)
+    choose_chat_template(script.chat_template, tokenizer, script.chat_template_kwargs)
+    limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 10**9)
+    length = min(1024, limit) if script.max_length is None else script.max_length
+    check(2 <= length <= limit, f"--max_length {length} does not fit the {limit} positions.")
+    return tokenizer, length
+
+
+# Copied from finetune_full/finetune_full.py
+def read_model(script, tokenizer, source, **options):
+    """The model, frozen where text does not pass; refused if weights are missing."""
+    remote = {"trust_remote_code": script.trust_remote_code}
+    config, load = transformers.AutoConfig.from_pretrained(source, **remote), AutoModelForCausalLM
+    if keep_run:  # a model that sees, too, and weights that are published quantised
+        load = keep_run.prepare(config, source, options)
+    is_plain, packed = config.get_text_config() is config, hasattr(config, "quantization_config")
+    check(keep_run or is_plain, "a model that sees needs `jobs` beside this script's directory.")
+    options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
+    model, info = load.from_pretrained(source, config=config, **options, **remote)
+    missing = sorted(info["missing_keys"])[:3]
+    check(not missing, f"{source} lacks weights: {missing} would be random.")
+    if keep_run and (parts := keep_run.freeze_beside_text(model)):
+        say("frozen", f"{', '.join(parts)}: text does not pass there")
+    if packed:
+        model._weight_conversions = None  # it would be saved packed again, or by other names
+    model.loss_type = "ForCausalLM"  # gpt2 names none and divides by a wrong number of tokens
+    model.accepts_loss_kwargs = True  # the number of tokens, which composites seem to refuse
+    ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
+    model.generation_config.eos_token_id = sorted(ends)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature or the like without do_sample: nothing could be saved
+        model.generation_config.do_sample = True
+    return model
 
 
 # Copied from finetune_lora/finetune_lora.py
