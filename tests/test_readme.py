@@ -11,6 +11,7 @@ that was run before is not run again: a repeated block must show the same output
 
 import ast
 import functools
+import io
 import os
 import re
 import shlex
@@ -19,20 +20,20 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP = (ROOT / "README.md").read_text(encoding="utf-8")
 # In the order in which the top README lists them.
-LISTED = re.findall(r"^\[\*\*\d+\. [^\]]+\]\((\w+)/README\.md\)", TOP, re.M)
-UNTESTED = ("finetune_dpo", "finetune_grpo")  # their pages, and benchmarks/, are not run yet
-LESSONS = [lesson for lesson in LISTED if lesson not in UNTESTED]
-PAGES = ["README.md", *(f"{lesson}/README.md" for lesson in LISTED)]
+LESSONS = re.findall(r"^\[\*\*\d+\. [^\]]+\]\((\w+)/README\.md\)", TOP, re.M)
+PAGES = ["README.md", *(f"{lesson}/README.md" for lesson in LESSONS)]
 # Beside the lessons; run after them, and compared like them.
-MORE = ["jobs/REPORT.md"]
+MORE = ["jobs/REPORT.md", "benchmarks/README.md", "benchmarks/GPU_CHECK.md"]
 ENGLISH = {page: page.replace(".md", ".en.md") for page in [*PAGES, *MORE]}
 BOTH = [*PAGES, *(ENGLISH[page] for page in PAGES)]
 ALL = [*ENGLISH, *ENGLISH.values()]
@@ -118,7 +119,7 @@ def links_of(text):
 
 def test_every_directory_is_a_lesson():
     known = {path.parent.name for path in ROOT.glob("*/job.sh")} | {"jobs", "deepspeed_configs"}
-    assert sorted(LISTED) == sorted(known - {"benchmarks"})
+    assert sorted(LESSONS) == sorted(known - {"benchmarks"})
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -132,7 +133,7 @@ def test_pages_are_short(name):
 def test_a_lesson_links_its_sibling_and_the_next_lesson(number):
     page, language = f"{LESSONS[number]}/README.md", {"README.md": "README.en.md"}
     language |= {"README.en.md": "README.md"}
-    following = (*LISTED, "")[number + 1]
+    following = (*LESSONS, "")[number + 1]
     for name in (page, ENGLISH[page]):
         first, last = read(name)[1], read(name)[-1]
         assert links_of(first.text)[0] == language[Path(name).name], name
@@ -168,7 +169,8 @@ def facts(text):
     """The numbers of two digits or more, the inline code and the links in a piece of prose."""
     bare = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", text)
     numbers = re.findall(r"(?<![A-Za-z0-9_.])\d[\d,.]*\d", bare)
-    links = [re.sub(r"(README|REPORT)(\.en)?(\.md)|#.*", r"\1", link) for link in links_of(text)]
+    page = r"(README|REPORT|GPU_CHECK)(\.en)?(\.md)|#.*"
+    links = [re.sub(page, r"\1", link) for link in links_of(text)]
     return Counter(re.findall(r"`[^`]+`", text) + links + numbers)
 
 
@@ -397,6 +399,11 @@ def options(script):
     dataclasses' fields."""
     text = script.read_text(encoding="utf-8")
     if "(TrainingArguments)" not in text:
+        if "def main(argv=None)" in text:  # in this process, since some import torch
+            with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as stop:
+                load_script(script).main(["--help"])
+            assert not stop.value.code
+            return set(re.findall(r"--[a-z]\w*", out.getvalue()))
         command = [sys.executable, str(script), "--help"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return set(re.findall(r"--[a-z]\w*", text))
@@ -532,7 +539,7 @@ def named_files(name):
 @pytest.mark.parametrize("name", [*ALL, "CONTRIBUTING.md"])
 def test_named_files_exist(name, outputs):
     copy, _ = outputs
-    places = [ROOT, copy, *(copy / lesson for lesson in LISTED)]
+    places = [ROOT, copy, *(copy / name for name in (*LESSONS, "benchmarks"))]
     written = [*copy.glob("*/output"), *copy.glob("*/output/*")]
     places += [path for path in written if path.is_dir()]
     for line, word in named_files(name):
@@ -563,16 +570,12 @@ def of_deepspeed(word):
 
 @pytest.mark.parametrize("name", [*ALL, "CONTRIBUTING.md"])
 def test_named_options_exist(name):
-    scripts = [path for lesson in LISTED for path in (ROOT / lesson).glob("*.py")]
-    scripts = [path for path in scripts if "argparse" in path.read_text(encoding="utf-8")]
+    scripts = [path for lesson in LESSONS for path in (ROOT / lesson).glob("*.py")]
+    scripts = [path for path in scripts if "rgumentParser" in path.read_text(encoding="utf-8")]
+    measuring = (ROOT / "benchmarks").glob("*.py")
+    scripts += [path for path in measuring if "argparse" in path.read_text(encoding="utf-8")]
     known = set().union(*map(options, [*scripts, ROOT / "tests" / "check_copies.py"]))
     known |= {"--generation", "--apply_chat_template"}  # vLLM's --generation-config, lm_eval's
-    known |= set().union(
-        *map(
-            options,
-            [ROOT / "benchmarks" / "compare_methods.py", ROOT / "benchmarks" / "scaling.py"],
-        )
-    )
     known |= {
         "--nproc_per_node",
         "--standalone",
