@@ -18,7 +18,7 @@ if [[ -z ${MODEL:-}${CONFIG:-} && -d ../tiny_model/output/llama ]]; then # first
   CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} python ../finetune_full/finetune_full.py --max_steps 60 \
     --model_name_or_path ../tiny_model/output/llama --train_file ../jglue/output/jcommonsenseqa_train.jsonl \
     --output_dir output/start --learning_rate 3e-3 --per_device_train_batch_size 21 --save_strategy no || exit
-  MODEL=output/start ARGS="--learning_rate 2e-3 --per_device_train_batch_size 64 --max_steps 50 ${ARGS:-}"
+  MODEL=output/start ARGS="--learning_rate 2e-3 --per_device_train_batch_size 64 --max_steps 60 ${ARGS:-}"
   ARGS="--max_completion_length 4 --logging_steps 5 $ARGS"
 fi
 MODEL=${MODEL:-../tiny_model/output/llama}

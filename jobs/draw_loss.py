@@ -77,7 +77,7 @@ def draw(losses, title, path, unit):
     panels[-1].set_xlabel("step")
     for axes in panels:
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside what it would cover
     figure.savefig(path, dpi=120, metadata={"Software": SIGNATURE})
 
 
