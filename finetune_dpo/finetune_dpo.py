@@ -52,7 +52,8 @@ try:  # all that is not about preferences
     )
     from script_parts import load_model as load_adapted
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {error}. Put the directory `jobs` beside the one of this script.")
+    print(f"error: {error}. Put `jobs` beside this script's directory.", file=sys.stderr)
+    sys.exit(2)
 
 # ---- 1. Settings ----
 

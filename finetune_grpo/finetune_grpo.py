@@ -41,9 +41,7 @@ try:  # all that is not about rewards
         read_rows,
     )
 except ModuleNotFoundError as error:
-    sys.stderr.write(
-        f"error: {error}. Put `jobs` beside this script's directory; pip install trl.\n"
-    )
+    print(f"error: {error}. Put `jobs` beside this script's directory.", file=sys.stderr)
     sys.exit(2)
 
 # ---- 1. Settings: the options are those of finetune_lora.py and of TRL ----

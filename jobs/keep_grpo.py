@@ -10,7 +10,6 @@ import time
 import traceback
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import transformers
@@ -265,10 +264,6 @@ def print_banner(script, trainer, run, resume):
 def save_results(trainer, run):
     """Model, tokenizer, trainer_state.json; all_results.json last: it marks the run as finished."""
     trainer.save_model()
-    output_dir = Path(trainer.args.output_dir)
-    written = output_dir.glob("*.safetensors") if trainer.args.should_save else ()
-    for file in written:  # as readable as the rest, not by the owner only
-        file.chmod((output_dir / "tokenizer_config.json").stat().st_mode)
     trainer.save_state()
     seconds, count = time.time() - trainer.began, trainer.state.global_step
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -453,7 +453,8 @@ def test_without_jobs_it_says_so(tmp_path):
         [sys.executable, SCRIPT.name, "--help"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode != 0 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ") and "Put the directory `jobs` beside" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "Put `jobs` beside" in done.stderr
 
 
 def test_two_processes_learn_what_one_learns(script, checkpoints, pairs_file, tmp_path):
