@@ -166,12 +166,13 @@ def draw(found, file):
             axis.plot(at, [line[key] for line in lines], marker="o")
             axis.set_xscale("log", base=2)
             axis.set_xticks(at, [f"{number:,}" for number in at])
-            axis.set_ylim(bottom=0)
             axis.grid(visible=True, alpha=0.3)
             if key == "memory":
                 axis.set_xlabel(AXES[name])
+        row[0].set_ylim(bottom=0)  # of all three, once all lines are there
     figure.savefig(file, dpi=150)
     print(f"picture    {file}")
+    return figure
 
 
 if __name__ == "__main__":

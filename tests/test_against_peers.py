@@ -195,3 +195,16 @@ def test_growth_changes_one_thing_at_a_time(tmp_path, peers, checkpoints, monkey
     assert "16 tokens per row, 1 rows at once, width 64" in out
     assert (tmp_path / "out/growth.png").stat().st_size > 10_000
     assert sys.modules["against_peers"] is peers
+
+
+def test_the_picture_of_growth_shows_every_point(tmp_path, peers):
+    growth = load_script(ROOT / "benchmarks" / "growth.py")
+    found = {
+        name: [{"at": 2**n, "speed": 10 * k * n, "memory": 7 * k * n} for n in (1, 2, 3)]
+        for k, name in enumerate(growth.AXES, 1)
+    }
+    figure = growth.draw(found, tmp_path / "growth.png")
+    for axes in figure.axes:
+        bottom, top = axes.get_ylim()
+        values = [value for line in axes.lines for value in line.get_ydata()]
+        assert bottom == 0 and max(values) < top
