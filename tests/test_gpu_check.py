@@ -359,8 +359,8 @@ def test_bad_input_gets_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("page", "head", "none"),
     [
-        ("README.en.md", "| Item | Expected | Measured |", "not measured"),
-        ("README.md", "| 項目 | 期待 | 測定 |", "未測定"),
+        ("GPU_CHECK.en.md", "| Item | Expected | Measured |", "not measured"),
+        ("GPU_CHECK.md", "| 項目 | 期待 | 測定 |", "未測定"),
     ],
 )
 def test_pages_have_the_table(page, head, none, tmp_path):
