@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check on one GPU what no CPU shows: exactness, memory, speed; print it as the README's table.
+"""Check on one GPU what no CPU shows: exactness, memory, speed; print it as the page's table.
 
 Runs the lessons' own scripts, on tiny models and on models of real sizes whose weights are drawn
 from a seed; gpu_items.py has the list. Takes 30 minutes at most, an item 8; started again it goes
@@ -307,7 +307,7 @@ def write_results(file, results):
 
 
 def table(results):
-    """The README's table; what no GPU has shown is not measured."""
+    """The page's table; what no GPU has shown is not measured."""
     yield "| Item | Expected | Measured |"
     yield "|---|---|---|"
     for item in ITEMS:

@@ -1046,10 +1046,11 @@ def test_few_shot_prompts(prepared, tmp_path, capsys):
     assert len(plain) == count
     few = make_prompts(prepared, tmp_path / "3.jsonl", "--task=all", "--num_fewshot=3")
     turns = make_prompts(prepared, tmp_path / "t.jsonl", "--task=all", "--num_fewshot=3", "--turns")
-    drawn = set()
+    drawn, known = set(), {}
+    for task in TASKS:
+        known[task] = {one["id"]: one for one in read_lines(prepared / f"{task}_train.jsonl")}
     for zero, row, chat in zip(plain, few, turns, strict=True):
-        train = {one["id"]: one for one in read_lines(prepared / f"{row['task']}_train.jsonl")}
-        shown = [train[name] for name in row["examples"]]
+        shown = [known[row["task"]][name] for name in row["examples"]]
         assert len({one["id"] for one in shown}) == 3 and chat["examples"] == row["examples"]
         text = "".join(f"{one['prompt']}{one['completion']}\n\n" for one in shown)
         assert row["prompt"] == text + zero["prompt"] and "prompt" not in chat
