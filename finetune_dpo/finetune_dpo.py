@@ -16,10 +16,8 @@ As a job qsub -P GROUP job.sh
 Follows  https://arxiv.org/abs/2305.18290 by https://huggingface.co/docs/trl/dpo_trainer
 """
 
-import math
 import os
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,21 +29,18 @@ from datasets import Dataset, Features, List, Value
 from pyarrow import compute
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
 try:  # all that is not about preferences
     import keep_run
     from model_text import chat_pieces, encode, texts, turn_end_id
-    from pair_trainer import PairTrainer as Trainer
-    from pair_trainer import more, without_dropout
+    from pair_trainer import FineTuner, without_dropout
     from run_common import check, fail, say
     from script_parts import ScriptArguments as LoraArguments
     from script_parts import (
         begin,
         choose_precision,
         load_tokenizer,
-        peak_memory,
         read_model,
         read_rows,
         save_results,
@@ -232,68 +227,6 @@ def main(argv=None):
     say("next", f"{generate} {training.output_dir} --prompt TEXT")
 
 
-# Copied from finetune_full/finetune_full.py
-class EpochSampler(LengthGroupedSampler):
-    """Trainer's order, but drawn from seed and epoch: the same on all ranks and after a resume."""
-
-    def __iter__(self):
-        args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.generator = torch.Generator().manual_seed(seed + 1000 * epoch)
-        return super().__iter__()
-
-
-# Copied from finetune_full/finetune_full.py
-class FineTuner(Trainer):
-    """Trainer whose losses are means over learned tokens."""
-
-    sums, tokens_seen, first_step = 0, 0, 0
-
-    def _get_train_sampler(self, train_dataset=None):
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            sampler = EpochSampler(sampler.batch_size, lengths=sampler.lengths[:])
-            sampler.trainer = self
-        return sampler
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        tokens, learned = inputs.pop("num_tokens"), inputs["shift_labels"].numel()
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        summed = loss.detach().double() * num_items_in_batch / self.args.world_size
-        self.sums += torch.stack([summed, summed.new_tensor(learned), tokens.to(summed)])
-        return (loss, outputs) if return_outputs else loss
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        # What is summed up must not reach into an evaluation, nor be lost to a resume.
-        control, is_last = self.control, self.state.global_step >= self.state.max_steps
-        control.should_log |= control.should_save or control.should_evaluate or is_last
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def evaluate(self, *args, **kwargs):
-        with torch.random.fork_rng(devices=[]):  # what it draws must change no dropout after it
-            return super().evaluate(*args, **kwargs)
-
-    def log(self, logs, start_time=None):
-        """Losses as means over tokens, not over batches; a line for each: `grep '^step'`."""
-        for name in {"loss", "eval_loss"} & set(logs):
-            loss, learned, tokens = self.accelerator.reduce(self.sums, "sum").tolist()
-            loss, self.sums = loss / learned, 0
-            logs.update({name: loss, "num_learned": learned, "num_tokens": tokens})
-            done, total, now = self.state.global_step, self.state.max_steps, time.time()
-            check(math.isfinite(loss), f"the loss is {loss} at step {done}. Lower --learning_rate.")
-            text = f"step {done}/{total}  loss {loss:.4f}{more(self, logs)}"
-            if name == "eval_loss":
-                say("eval", text)
-                continue
-            lr, grad = logs["learning_rate"], logs["grad_norm"]
-            logs["tokens_per_second"] = speed = tokens / (now - self.last)
-            text += f"  lr {lr:.2e}  grad {grad:.3f}  {speed:,.0f} tok/s  {peak_memory():.2f} GiB"
-            left = int((total - done) * (now - self.began) / (done - self.first_step))
-            say(text, f"  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
-            self.last, self.tokens_seen = now, self.tokens_seen + tokens
-        super().log(logs, start_time)
-
-
 # ---- 5. Guard rails: no need to read (the others stand in ../jobs) ----
 
 
@@ -316,12 +249,8 @@ def parse(argv):
     given = {name: value for name, value in values.items() if value != defaults[name]}
     reason = choose_precision(values)
     values.update(disable_tqdm=True, accelerator_config=None, remove_unused_columns=False)
-    if keep_run:
-        keep_run.settle(values)
-    script, training = parser.parse_dict(values)
+    script, training = parser.parse_dict(keep_run.settle(values) if keep_run else values)
     script.reason = reason
-    if keep_run:
-        keep_run.check_arguments(script, training, given)
     return script, training, given
 
 

@@ -296,14 +296,6 @@ class EpochSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-def more(trainer, logs):
-    """What a line says behind the loss."""
-    if "eval_loss" not in logs:
-        return ""
-    logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
-    return f"  perplexity {logs['eval_perplexity']:.2f}"
-
-
 class FineTuner(Trainer):
     """Trainer whose losses are means over learned tokens."""
 
@@ -329,10 +321,6 @@ class FineTuner(Trainer):
         control.should_log |= control.should_save or control.should_evaluate or is_last
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def evaluate(self, *args, **kwargs):
-        with torch.random.fork_rng(devices=[]):  # what it draws must change no dropout after it
-            return super().evaluate(*args, **kwargs)
-
     def log(self, logs, start_time=None):
         """Losses as means over tokens, not over batches; a line for each: `grep '^step'`."""
         for name in {"loss", "eval_loss"} & set(logs):
@@ -341,9 +329,10 @@ class FineTuner(Trainer):
             logs.update({name: loss, "num_learned": learned, "num_tokens": tokens})
             done, total, now = self.state.global_step, self.state.max_steps, time.time()
             check(math.isfinite(loss), f"the loss is {loss} at step {done}. Lower --learning_rate.")
-            text = f"step {done}/{total}  loss {loss:.4f}{more(self, logs)}"
+            text = f"step {done}/{total}  loss {loss:.4f}"
             if name == "eval_loss":
-                say("eval", text)
+                logs["eval_perplexity"] = math.exp(min(loss, 700))
+                say("eval", f"{text}  perplexity {logs['eval_perplexity']:.2f}")
                 continue
             lr, grad = logs["learning_rate"], logs["grad_norm"]
             logs["tokens_per_second"] = speed = tokens / (now - self.last)
@@ -392,12 +381,8 @@ def parse(argv):
     given = {name: value for name, value in values.items() if value != defaults[name]}
     reason = choose_precision(values)
     values.update(disable_tqdm=True, accelerator_config=None, remove_unused_columns=False)
-    if keep_run:
-        keep_run.settle(values)
-    script, training = parser.parse_dict(values)
+    script, training = parser.parse_dict(keep_run.settle(values) if keep_run else values)
     script.reason = reason
-    if keep_run:
-        keep_run.check_arguments(script, training, given)
     return script, training, given
 
 
@@ -540,16 +525,15 @@ def read_model(script, tokenizer, source, **options):
     config, load = transformers.AutoConfig.from_pretrained(source, **remote), AutoModelForCausalLM
     if keep_run:  # a model that sees, too, and weights that are published quantised
         load = keep_run.prepare(config, source, options)
-    is_plain, packed = config.get_text_config() is config, hasattr(config, "quantization_config")
-    check(keep_run or is_plain, "a model that sees needs `jobs` beside this script's directory.")
+    is_plain = config.get_text_config() is config and not hasattr(config, "quantization_config")
+    problem = "a model that sees, or is published quantised, needs `jobs` beside"
+    check(keep_run or is_plain, f"{problem} this script's directory.")
     options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
     model, info = load.from_pretrained(source, config=config, **options, **remote)
     missing = sorted(info["missing_keys"])[:3]
     check(not missing, f"{source} lacks weights: {missing} would be random.")
-    if keep_run and (parts := keep_run.freeze_beside_text(model)):
+    if keep_run and (parts := keep_run.freeze_beside_text(model, source)):
         say("frozen", f"{', '.join(parts)}: text does not pass there")
-    if packed:
-        model._weight_conversions = None  # it would be saved packed again, or by other names
     model.loss_type = "ForCausalLM"  # gpt2 names none and divides by a wrong number of tokens
     model.accepts_loss_kwargs = True  # the number of tokens, which composites seem to refuse
     ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
@@ -624,7 +608,6 @@ def save_results(trainer, run):
     memory, reserved = peaks.tolist()
     results = run | {"train_loss": loss, "train_runtime": seconds, "train_tokens_per_second": speed}
     results |= {"steps": count, "peak_memory_gib": memory, "peak_reserved_gib": reserved}
-    results |= {f"train_{name}": value for name, value in steps[-1].items() if "/" in name}
     results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     trainer.save_metrics("all", results, combined=False)
     speed = f"{count:,} steps, {seconds:,.0f} s, {speed:,.0f} tok/s"

@@ -213,12 +213,8 @@ def parse(argv):
     given = {name: value for name, value in values.items() if value != defaults[name]}
     reason = choose_precision(values)
     values.update(disable_tqdm=True, accelerator_config=None, remove_unused_columns=False)
-    if keep_run:
-        keep_run.settle(values)
-    script, training = parser.parse_dict(values)
+    script, training = parser.parse_dict(keep_run.settle(values) if keep_run else values)
     script.reason = reason
-    if keep_run:
-        keep_run.check_arguments(script, training, given)
     return script, training, given
 
 

@@ -137,11 +137,9 @@ def parse(argv):
     return args
 
 
-# Copied from generate_text/generate_text.py
+# Copied from jobs/model_layers.py
 def auto_class(config):
     """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
-    import transformers
-
     sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 

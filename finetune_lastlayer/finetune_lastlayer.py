@@ -32,14 +32,14 @@ from datasets import Dataset, Features, List, Value
 from pyarrow import compute, parquet
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_count
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
 try:  # what lets a run go on where it was cut off, and stop in time
     import keep_run
+    import model_layers
 except ModuleNotFoundError:
-    keep_run = None  # this file was copied alone: it trains from start to end
+    keep_run = model_layers = None  # this file was copied alone: it trains from start to end
 
 # ---- 1. Settings ----
 
@@ -267,12 +267,8 @@ def load_model(script, training, tokenizer, resume):
     # A file may hold a head of its own in spite of its configuration, as Falcon's does.
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     model.config.tie_word_embeddings = head.weight is embedding.weight
-    chosen, whole = choose_parameters(model, script.train), nullcontext()
-    if is_deepspeed_zero3_enabled():
-        from deepspeed.runtime.zero import GatheredParameters
-
-        whole = GatheredParameters([head.weight])
-    with whole:
+    chosen = choose_parameters(model, script.train)
+    with model_layers.gather(head.weight) if model_layers else nullcontext():
         say("head", untie(model, chosen))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in chosen
@@ -293,38 +289,20 @@ def choose_parameters(model, train):
     parts = {"last_layer": [head], "input_output": [embedding, head]}
     parts["new_tokens"] = parts["input_output"]
     if train == "last_block":
-        parts["last_block"] = [head, *last_block(model)]
+        parts["last_block"] = [head, *model_layers.last_block(model)]
     if train in parts:
         starts = tuple(f"{part}." for part in parts[train])
         return [name for name in names if name.startswith(starts)]
-    try:
-        chosen = [name for name in names if re.search(train, name)]
-    except re.error as error:
-        fail(f"--train {train} is no regular expression ({error}). Type \\. for a dot.")
-    known = "last_layer, last_block, input_output, new_tokens or a regular expression for names"
-    like = f"{names[0]} or {names[-1]}"
-    check(chosen, f"--train {train} is in no parameter's name. Give {known} like {like}.")
+    chosen = [name for name in names if re.search(train, name)]
+    known = f"last_layer, last_block, input_output, new_tokens or names like {names[0]}"
+    check(chosen, f"--train {train} is in no parameter's name. Give {known} or {names[-1]}.")
     return chosen
-
-
-def last_block(model):
-    """The names of the last block and of what comes behind the blocks, which is the final norm."""
-    number = model.config.get_text_config().num_hidden_layers
-    inside = {*model.get_decoder().modules()}
-    for name, blocks in model.named_modules():
-        if isinstance(blocks, torch.nn.ModuleList) and len(blocks) == number and blocks in inside:
-            parent, _, own = name.rpartition(".")
-            children = [child for child, _ in model.get_submodule(parent).named_children()]
-            behind = children[children.index(own) + 1 :]
-            return [f"{name}.{number - 1}", *(f"{parent}.{child}" for child in behind)]
-    return fail(f"{type(model).__name__} has no list of blocks: give --train a regular expression.")
 
 
 def untie(model, chosen):
     """Give the head its own weights where one end of tied embeddings is trained; say what is so.
 
-    It takes copy and configuration: without the copy the saved head would come back random,
-    without the configuration other programs would tie it again.
+    Without the copy the saved head would come back random, without the configuration tied again.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is not embedding.weight:
@@ -362,9 +340,11 @@ def main(argv=None):
     datasets.disable_progress_bars()
     try:
         script, training, given = parse(argv)
-        if keep_run:
-            keep_run.check_part(script, training, choose_parameters)
+        known = model_layers or script.train != "last_block"
+        check(known, "--train last_block needs `jobs` beside this script's directory.")
         resume, run = find_run(script, training, given)
+        if model_layers:
+            model_layers.check_part(script, training, choose_parameters)
         tokenizer, max_length = load_tokenizer(script)
         data = load_data(script, training, tokenizer, max_length, run.get("data", os.urandom(8)))
         if keep_run:
@@ -398,14 +378,6 @@ class EpochSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-def more(trainer, logs):
-    """What a line says behind the loss."""
-    if "eval_loss" not in logs:
-        return ""
-    logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
-    return f"  perplexity {logs['eval_perplexity']:.2f}"
-
-
 class FineTuner(Trainer):
     """Trainer whose losses are means over learned tokens."""
 
@@ -431,10 +403,6 @@ class FineTuner(Trainer):
         control.should_log |= control.should_save or control.should_evaluate or is_last
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def evaluate(self, *args, **kwargs):
-        with torch.random.fork_rng(devices=[]):  # what it draws must change no dropout after it
-            return super().evaluate(*args, **kwargs)
-
     def log(self, logs, start_time=None):
         """Losses as means over tokens, not over batches; a line for each: `grep '^step'`."""
         for name in {"loss", "eval_loss"} & set(logs):
@@ -443,9 +411,10 @@ class FineTuner(Trainer):
             logs.update({name: loss, "num_learned": learned, "num_tokens": tokens})
             done, total, now = self.state.global_step, self.state.max_steps, time.time()
             check(math.isfinite(loss), f"the loss is {loss} at step {done}. Lower --learning_rate.")
-            text = f"step {done}/{total}  loss {loss:.4f}{more(self, logs)}"
+            text = f"step {done}/{total}  loss {loss:.4f}"
             if name == "eval_loss":
-                say("eval", text)
+                logs["eval_perplexity"] = math.exp(min(loss, 700))
+                say("eval", f"{text}  perplexity {logs['eval_perplexity']:.2f}")
                 continue
             lr, grad = logs["learning_rate"], logs["grad_norm"]
             logs["tokens_per_second"] = speed = tokens / (now - self.last)
@@ -495,12 +464,8 @@ def parse(argv):
     given = {name: value for name, value in values.items() if value != defaults[name]}
     reason = choose_precision(values)
     values.update(disable_tqdm=True, accelerator_config=None, remove_unused_columns=False)
-    if keep_run:
-        keep_run.settle(values)
-    script, training = parser.parse_dict(values)
+    script, training = parser.parse_dict(keep_run.settle(values) if keep_run else values)
     script.reason = reason
-    if keep_run:
-        keep_run.check_arguments(script, training, given)
     return script, training, given
 
 
@@ -643,16 +608,15 @@ def read_model(script, tokenizer, source, **options):
     config, load = transformers.AutoConfig.from_pretrained(source, **remote), AutoModelForCausalLM
     if keep_run:  # a model that sees, too, and weights that are published quantised
         load = keep_run.prepare(config, source, options)
-    is_plain, packed = config.get_text_config() is config, hasattr(config, "quantization_config")
-    check(keep_run or is_plain, "a model that sees needs `jobs` beside this script's directory.")
+    is_plain = config.get_text_config() is config and not hasattr(config, "quantization_config")
+    problem = "a model that sees, or is published quantised, needs `jobs` beside"
+    check(keep_run or is_plain, f"{problem} this script's directory.")
     options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
     model, info = load.from_pretrained(source, config=config, **options, **remote)
     missing = sorted(info["missing_keys"])[:3]
     check(not missing, f"{source} lacks weights: {missing} would be random.")
-    if keep_run and (parts := keep_run.freeze_beside_text(model)):
+    if keep_run and (parts := keep_run.freeze_beside_text(model, source)):
         say("frozen", f"{', '.join(parts)}: text does not pass there")
-    if packed:
-        model._weight_conversions = None  # it would be saved packed again, or by other names
     model.loss_type = "ForCausalLM"  # gpt2 names none and divides by a wrong number of tokens
     model.accepts_loss_kwargs = True  # the number of tokens, which composites seem to refuse
     ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
@@ -727,7 +691,6 @@ def save_results(trainer, run):
     memory, reserved = peaks.tolist()
     results = run | {"train_loss": loss, "train_runtime": seconds, "train_tokens_per_second": speed}
     results |= {"steps": count, "peak_memory_gib": memory, "peak_reserved_gib": reserved}
-    results |= {f"train_{name}": value for name, value in steps[-1].items() if "/" in name}
     results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     trainer.save_metrics("all", results, combined=False)
     speed = f"{count:,} steps, {seconds:,.0f} s, {speed:,.0f} tok/s"

@@ -23,13 +23,14 @@ from pathlib import Path
 
 def main(argv=None):
     args = parse(argv)
-    global torch, transformers  # takes seconds: --help and a typo do not wait for it
+    global torch, transformers, model_layers  # takes seconds: --help and a typo do not wait for it
     import torch
     import transformers
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     model, layers = load_outline(args), load_layers()
+    model_layers = layers
     if layers:  # what text does not pass is not trained
         layers.freeze_beside_text(model)
     check(layers or not args.method, "--method lora needs `jobs` beside this script's directory.")
@@ -86,6 +87,10 @@ def parse(argv):
     add("--trust_remote_code", choices=("true", "false"), default="false", help=remote)
     args = parser.parse_args(argv)
     check(not (args.train and args.method), "--train or --method?")
+    try:
+        re.compile(args.train or "")
+    except re.error as error:
+        fail(f"--train {args.train} is no regular expression ({error}). Type \\. for a dot.")
     return args
 
 
@@ -147,11 +152,9 @@ def print_table(rows):
         print("  ".join([*words, row[7].rjust(7)]).rstrip())
 
 
-# Copied from generate_text/generate_text.py
+# Copied from jobs/model_layers.py
 def auto_class(config):
     """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
-    import transformers
-
     sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
@@ -167,40 +170,22 @@ def choose_parameters(model, train):
     parts = {"last_layer": [head], "input_output": [embedding, head]}
     parts["new_tokens"] = parts["input_output"]
     if train == "last_block":
-        parts["last_block"] = [head, *last_block(model)]
+        check(model_layers, "--train last_block: put `jobs` beside this directory, or type names.")
+        parts["last_block"] = [head, *model_layers.last_block(model)]
     if train in parts:
         starts = tuple(f"{part}." for part in parts[train])
         return [name for name in names if name.startswith(starts)]
-    try:
-        chosen = [name for name in names if re.search(train, name)]
-    except re.error as error:
-        fail(f"--train {train} is no regular expression ({error}). Type \\. for a dot.")
-    known = "last_layer, last_block, input_output, new_tokens or a regular expression for names"
-    like = f"{names[0]} or {names[-1]}"
-    check(chosen, f"--train {train} is in no parameter's name. Give {known} like {like}.")
+    chosen = [name for name in names if re.search(train, name)]
+    known = f"last_layer, last_block, input_output, new_tokens or names like {names[0]}"
+    check(chosen, f"--train {train} is in no parameter's name. Give {known} or {names[-1]}.")
     return chosen
-
-
-# Copied from finetune_lastlayer/finetune_lastlayer.py
-def last_block(model):
-    """The names of the last block and of what comes behind the blocks, which is the final norm."""
-    number = model.config.get_text_config().num_hidden_layers
-    inside = {*model.get_decoder().modules()}
-    for name, blocks in model.named_modules():
-        if isinstance(blocks, torch.nn.ModuleList) and len(blocks) == number and blocks in inside:
-            parent, _, own = name.rpartition(".")
-            children = [child for child, _ in model.get_submodule(parent).named_children()]
-            behind = children[children.index(own) + 1 :]
-            return [f"{name}.{number - 1}", *(f"{parent}.{child}" for child in behind)]
-    return fail(f"{type(model).__name__} has no list of blocks: give --train a regular expression.")
 
 
 # Copied from finetune_lastlayer/finetune_lastlayer.py
 def untie(model, chosen):
     """Give the head its own weights where one end of tied embeddings is trained; say what is so.
 
-    It takes copy and configuration: without the copy the saved head would come back random,
-    without the configuration other programs would tie it again.
+    Without the copy the saved head would come back random, without the configuration tied again.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is not embedding.weight:

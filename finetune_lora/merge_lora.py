@@ -22,6 +22,13 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
+try:
+    from run_common import check, fail, say
+except ModuleNotFoundError as error:
+    print(f"error: {error}. Put `jobs` beside this script's directory.", file=sys.stderr)
+    sys.exit(2)
+
 IMAGES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -107,17 +114,9 @@ def find_base(args, adapter):
     return base, (auto if args.dtype == "auto" else args.dtype)
 
 
-# Copied from generate_text/generate_text.py
-def auto_class(config):
-    """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
-    import transformers
-
-    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
-
-
 def load_base(args, name):
     """A model in fp32 on the CPU; one that lacks weights is refused."""
+    from model_layers import auto_class
     from transformers import AutoConfig
 
     options = {"trust_remote_code": args.trust_remote_code}
@@ -136,6 +135,7 @@ def load_base(args, name):
 def load_model(args, adapter, base):
     """Return (base + adapter in fp32, tokenizer, ids to try it on, the base's logits)."""
     import torch
+    from model_text import exact_tokenizer
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
@@ -282,70 +282,9 @@ def check_output(args):
     check(is_free, f"--output_dir {output} must be empty, and yours to write. Choose another.")
 
 
-# Copied from finetune_full/finetune_full.py
-def leading_ids(tokenizer):
-    """The ids (a BOS, or none) that this tokenizer puts before every text."""
-    text, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    return ids[: ids.index(text[0])]
-
-
-# Copied from finetune_full/finetune_full.py
-def exact_tokenizer(name, rows, say, grown=False, **remote):
-    """The tokenizer with the ids of the model's own file, which AutoTokenizer may not give."""
-    from sentencepiece import SentencePieceProcessor
-    from transformers.models.auto import tokenization_auto as auto
-
-    off = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
-    names, off = ("tokenizer.json", "spiece.model", "tokenizer.model"), dict.fromkeys(off, False)
-    exact, *models = (auto.cached_file(name, file, **off) for file in names)
-    text, wanted, plain = "", [], {"add_special_tokens": False, "verbose": False}
-    if file := exact or next(filter(None, models), None):  # compared on a text of its own pieces
-        own = auto.TokenizersBackend(tokenizer_file=file) if exact else SentencePieceProcessor(file)
-        text = "It's WE'LL 1234567  e\u0301ＡＢ鬱😀\n\n\n\tｱ" + own.decode([*range(0, len(own), 7)])
-        wanted = own.encode(text, **(plain if exact else {}))
-    for load in (auto.AutoTokenizer, auto.TokenizersBackend)[: 2 if exact else 1]:
-        with suppress(TypeError if exact else ()):  # a class may not even take in the file
-            tokenizer = load.from_pretrained(name, **remote)
-            if same := tokenizer(text, **plain)["input_ids"] == wanted:
-                break
-    command = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
-    remedy = f"Convert it once: {command} --output_dir NEW, and use NEW."
-    check(same, f"the tokenizer of {name} gives other ids than {Path(file).name} itself. {remedy}")
-    if load is auto.TokenizersBackend:
-        say("tokenizer", f"PreTrainedTokenizerFast.from_pretrained({name!r}), not AutoTokenizer")
-    last, given = max(tokenizer.get_vocab().values()), auto.get_tokenizer_config(name)
-    past = f"{name}'s tokenizer gives ids up to {last}, past the end of the embedding's {rows} rows"
-    check(last < max(rows, grown * len(tokenizer)), f"{past}. {remedy}")
-    # transformers 4 put BOS before a text where a Llama tokenizer does not say; 5 does not.
-    asked = given.get("add_bos_token", not exact and "Llama" in str(given.get("tokenizer_class")))
-    has = not asked or leading_ids(tokenizer) == [tokenizer.bos_token_id]
-    check(has, f"the tokenizer of {name} gives no BOS, which its files ask for. {remedy}")
-    return tokenizer
-
-
 # Copied from generate_text/generate_text.py
 def boolean(text):
     return ("false", "true").index(text.lower()) == 1
-
-
-# Copied from finetune_full/finetune_full.py
-def say(name, text):
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{name:<11}{text}", flush=True)
-
-
-# Copied from generate_text/generate_text.py
-def fail(message):
-    text = " ".join(str(message).split())[:600]
-    text += " Accept its licence there, then type: hf auth login" if "gated repo" in text else ""
-    print("error:", text, file=sys.stderr)
-    raise SystemExit(2)
-
-
-# Copied from finetune_full/finetune_full.py
-def check(condition, message):
-    if not condition:
-        fail(message)
 
 
 if __name__ == "__main__":

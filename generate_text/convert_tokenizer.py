@@ -9,7 +9,7 @@ tokenizer_config.json asks for and tokens that have no row. It takes seconds and
 
 A directory  python convert_tokenizer.py --model_name_or_path DIR       (there; old files are kept)
 A hub model  python convert_tokenizer.py --model_name_or_path rinna/NAME --output_dir output/rinna
-Lost text?   python convert_tokenizer.py --model_name_or_path DIR --check train.jsonl
+Lost text?   python check_tokenizer.py --model_name_or_path DIR --text_file train.jsonl
 Follows      https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
@@ -33,12 +33,8 @@ def main(argv=None):
     directory = find_model(args.model_name_or_path)
     files = [directory / name for name in SENTENCEPIECE if Path(directory, name).is_file()]
     exact = directory / "tokenizer.json"
-    wanted = SENTENCEPIECE if args.check else (*WRITTEN[:1], *SENTENCEPIECE)
-    is_there = files or (exact.is_file() and not args.check)
-    check(is_there, f"{directory} holds none of {', '.join(wanted)}: nothing to convert.")
-    if args.check:
-        count_losses(args, directory, files[0])
-        return
+    wanted = ", ".join((*WRITTEN[:1], *SENTENCEPIECE))
+    check(files or exact.is_file(), f"{directory} holds none of {wanted}: nothing to convert.")
     if exact.is_file():
         tokenizer = complete(exact, directory)
     else:
@@ -53,16 +49,17 @@ def parse(argv):
     add, path = parser.add_argument, {"type": os.path.expanduser}
     add("--model_name_or_path", **path, required=True, help="A directory, or a fetched hub model.")
     add("--output_dir", **path, help="Where it goes; weights become links. Default: in place.")
-    add("--check", **path, metavar="FILE", help="Only count the texts of FILE that change by now.")
+    add("--check", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def check_arguments(args):
     """Refuse what cannot work, and what would replace files that are kept."""
-    name, out, file = args.model_name_or_path, Path(args.output_dir or ""), args.check
-    if file:
-        check(Path(file).is_file(), f"--check {file} is not there, seen from {Path.cwd()}.")
-    elif args.output_dir:
+    name, out = args.model_name_or_path, Path(args.output_dir or "")
+    check(
+        args.check is None, "--check is gone. Type: python check_tokenizer.py --text_file FILE ..."
+    )
+    if args.output_dir:
         is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
         check(is_free, f"--output_dir {out} is not empty. Name a new directory.")
     else:
@@ -275,55 +272,6 @@ def write(tokenizer, directory, out):
     print(f"written    {', '.join(WRITTEN)} in {out}")
     command = f"python generate_text.py --model_name_or_path {shlex.quote(str(out))}"
     print(f"next       {command} --prompt TEXT")
-
-
-# ---- What is lost without it ----
-
-
-def count_losses(args, directory, file):
-    """Count what the tokenizer, as it is now, loses of a file's texts, and where ids differ."""
-    from sentencepiece import SentencePieceProcessor
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    model = SentencePieceProcessor(model_file=str(file))
-    texts, lost, other, characters = read_texts(Path(args.check)), [], 0, 0
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        back = tokenizer.decode(ids, skip_special_tokens=False)
-        other += ids != model.encode(text)
-        if back != text:
-            lost.append(f"{text[:60]!r} came back as {back[:60]!r}")
-            characters += sum(character not in back for character in text)
-    print(f"texts      {len(texts):,} in {args.check}")
-    print(f"ids        {other:,} get other ids than from sentencepiece itself")
-    gone = f"{characters:,} characters are gone"
-    print(f"lost       {len(lost):,} do not come back as they were; {gone}")
-    if lost:
-        print(f"example    {lost[0]}")
-
-
-def read_texts(path):
-    """Every string in a JSON Lines or JSON file; of another file, every line."""
-    suffix = path.suffix.lower()
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-        values = json.loads(content) if suffix == ".json" else content.split("\n")
-        if suffix == ".jsonl":
-            values = [json.loads(line) for line in values if line.strip()]
-    except ValueError as error:
-        fail(f"{path} is not UTF-8, or malformed JSON: {error}.")
-    texts = [text for text in strings(values) if text]
-    check(texts, f"{path} holds no text.")
-    return texts
-
-
-def strings(value):
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from strings(item)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers.models.falcon import modeling_falcon
+from transformers.utils.logging import disable_progress_bar
+
 sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
 try:  # what lets answers to a file go on where they were cut off, and stop in time
     import keep_answers
@@ -92,11 +97,11 @@ def encode_prompt(row, tokenizer):
     else:
         raise ValueError(f"no messages, prompt or instruction in the columns {', '.join(row)}.")
     for turn in turns:
-        for name, value in turn.items() if isinstance(turn, dict) else ():
-            if name not in ("role", "content") and value not in (None, "", [], {}):
-                raise ValueError(f"a turn is role and content: its {name} would be left out.")
         if not isinstance(turn, dict) or {type(turn.get(k)) for k in ("role", "content")} != {str}:
             raise ValueError(f"{form} must hold text, found {str(turn)[:60]}.")
+        for name in turn.keys() - {"role", "content"}:
+            if turn[name] not in (None, "", [], {}):
+                raise ValueError(f"a turn is role and content: its {name} would be left out.")
     texts = chat_texts(turns, tokenizer) if form != "prompt" else [row["prompt"]]
     "".join(texts).encode()  # raises on half a surrogate pair, which JSON can write
     parts = [tokenizer(text, add_special_tokens=False, verbose=False) for text in texts]
@@ -178,8 +183,6 @@ def read_prompts(args, tokenizer):
 
 def load_tokenizer(args):
     """Return the tokenizer, an adapter's own where it has one; sets args.positions."""
-    from transformers import AutoConfig
-
     name, remote = args.base, {"trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(name, **remote)
     args.version, config = getattr(config, "_commit_hash", None), config.get_text_config()
@@ -190,18 +193,13 @@ def load_tokenizer(args):
         tokenizer = exact_tokenizer(name, config.vocab_size, note, grown=True, **remote)
         check(known <= tokenizer.get_vocab().items(), f"{args.base} has another vocabulary.")
     choose_chat_template(args.chat_template, tokenizer, args.chat_template_kwargs)
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    found = [getattr(config, name) for name in names if getattr(config, name, None)]
-    args.positions = [*found, sys.maxsize][0]
+    limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0)
+    args.positions = limit or sys.maxsize
     return tokenizer
 
 
 def load_model(args, precision, tokenizer):
     """The model, quantised and with its adapter where asked for."""
-    import torch
-    from transformers import AutoConfig, BitsAndBytesConfig
-    from transformers.models.falcon import modeling_falcon
-
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
     remote = {"trust_remote_code": args.trust_remote_code}
     config, gpu = AutoConfig.from_pretrained(args.base, **remote), os.environ.get("LOCAL_RANK", 0)
@@ -216,20 +214,13 @@ def load_model(args, precision, tokenizer):
         bits = {"load_in_8bit": args.load_in_8bit, "load_in_4bit": args.load_in_4bit}
         bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
-    model, info = auto_class(config).from_pretrained(args.base, output_loading_info=True, **options)
+    load = keep_answers.auto_class(config) if keep_answers else AutoModelForCausalLM
+    model, info = load.from_pretrained(args.base, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])[:3]
     check(not missing, f"{args.base} lacks weights, they would be random: {missing}")
     args.quantised = sum(type(m).__module__ == "bitsandbytes.nn.modules" for m in model.modules())
     check(args.quantised or not is_quantised, "no layer was quantised. Leave --load_in_... out.")
     return add_adapter(args, model, len(tokenizer)) if args.recorded else model
-
-
-def auto_class(config):
-    """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
-    import transformers
-
-    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
 def add_adapter(args, model, tokens):
@@ -246,8 +237,6 @@ def add_adapter(args, model, tokens):
 
 def set_generation(args, model, tokenizer, is_chat):
     """Say how to choose tokens and where to stop; of the model's own settings no more is kept."""
-    from transformers import GenerationConfig
-
     ends = {tokenizer.eos_token_id, tokenizer.get_added_vocab().get("### End")}  # Dolly's
     if is_chat:  # what ends an answer in the template: the last special token behind the prompt
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -263,10 +252,9 @@ def set_generation(args, model, tokenizer, is_chat):
     ids, rows = saved.eos_token_id, model.config.get_text_config().vocab_size
     ends.update(ids if isinstance(ids, list) else [ids])
     ends = sorted(i for i in ends if i is not None and i < rows)
-    config = GenerationConfig(do_sample=args.do_sample, eos_token_id=ends, pad_token_id=0)
-    if args.do_sample:
-        config.update(temperature=args.temperature, top_p=args.top_p, top_k=0)
-    model.generation_config = config
+    drawing = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    options = {"do_sample": True, **drawing} if args.do_sample else {}
+    model.generation_config = GenerationConfig(**options, eos_token_id=ends, pad_token_id=0)
 
 
 # ---- 4. Answers ----
@@ -275,9 +263,6 @@ def set_generation(args, model, tokenizer, is_chat):
 def main(argv=None):
     args = parse(argv)
     check_arguments(args)
-    import torch  # from here on it takes seconds
-    from transformers.utils.logging import disable_progress_bar
-
     disable_progress_bar()
     logging.disable(logging.WARNING)
     full = "GPU memory is full. Try a smaller --batch_size, --load_in_8bit or --device_map auto."
@@ -289,8 +274,10 @@ def main(argv=None):
         if args.prompt_file and keep_answers:
             keep_answers.claim_output(args, precision, prompts)
         elif args.prompt_file:
-            check(not Path(args.output_file).exists(), f"{args.output_file} would be replaced.")
-            note("alone", "once cut off, this cannot go on: `jobs` is not beside this directory")
+            found = [file for end in ("", ".tmp") if Path(file := args.output_file + end).exists()]
+            check(not found, f"{', '.join(found)} would be replaced: move it, or choose another.")
+            what = "once cut off, this cannot go on, and each prompt is answered by itself"
+            note("alone", f"{what}: `jobs` is not beside this directory")
         model = load_model(args, precision, tokenizer)
         set_generation(args, model, tokenizer, is_chat=form != "prompt")
     except Exception as error:  # damaged files can raise anything
@@ -313,8 +300,6 @@ def main(argv=None):
 
 def generate(args, model, tokenizer, prompts, draw=0):
     """Answer a batch of lists of ids: return (answers, new tokens, number of answers cut off)."""
-    import torch
-
     width, stops = max(map(len, prompts)), model.generation_config.eos_token_id
     ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -333,70 +318,47 @@ def generate(args, model, tokenizer, prompts, draw=0):
     return answers, tokens, cut
 
 
-def pads_well(model, prompt):
-    """Whether padding on the left leaves the next two tokens' logits as they are without it."""
-    import torch
-
-    more, size = {"output_logits": True, "return_dict_in_generate": True}, len(prompt)
-    more |= {"do_sample": False, "min_new_tokens": 2, "max_new_tokens": 2}
-    ids = torch.tensor([[0] * size + prompt, prompt * 2]).to(model.device)
-    mask = torch.ones_like(ids)
-    mask[0, :size] = 0
-    padded = model.generate(input_ids=ids, attention_mask=mask, **more)
-    alone = model.generate(input_ids=ids[:1, size:], attention_mask=mask[:1, size:], **more)
-    is_same = padded.sequences[0, -2] == alone.sequences[0, -2]  # if not, by rounding alone
-    pairs = [*zip(padded.logits, alone.logits, strict=True)][: 1 + is_same]
-    return all((one[0] - two[0]).std() < 0.1 * two[0].std() for one, two in pairs)
-
-
 def answer_file(args, model, tokenizer, rows, prompts):
     """Answer what has no answer yet, the longest first; of several processes each has its share."""
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     answers = keep_answers.read_answers(args) if keep_answers else {}
     places = {i: place for place, i in enumerate(order)}
-    before, began, last, slowest, tokens, cut = len(answers), time.time(), 0, 0, 0, 0
-    if args.batch_size > 1 and not pads_well(model, min(prompts, key=len)[:8]):
-        args.batch_size = 1
-        note("batch", "prompts are answered one by one: this model is not exact on padded ones")
-    for batch in batches(args, order, prompts)[args.rank :: args.ranks]:
-        numbers, start = [i for i in batch if i not in answers], time.time()
+    before, began, last, tokens, cut = len(answers), time.time(), 0, 0, 0
+    # Padding spoils answers where a layer does not see the mask, as linear attention may not.
+    args.batch_size = keep_answers.exact_batch(args, model, prompts) if keep_answers else 1
+    # Nor must it take room from a shorter prompt.
+    long = [i for i in order if len(prompts[i]) + args.max_new_tokens > args.positions]
+    starts = range(len(long), len(order), args.batch_size)
+    batches = [[i] for i in long] + [order[n : n + args.batch_size] for n in starts]
+    for batch in batches[args.rank :: args.ranks]:
+        numbers = [i for i in batch if i not in answers]
         if not numbers:
             continue
         if keep_answers:
-            done = f"{len(answers):,} of {len(rows):,} rows are answered; "
-            keep_answers.stop_if_asked(args, slowest, done)
+            keep_answers.stop_if_asked(args, f"{len(answers):,} of {len(rows):,} rows are answered")
         ids = [prompts[i] for i in numbers]
         results, made, unended = generate(args, model, tokenizer, ids, places[numbers[0]])
         answers.update(zip(numbers, results, strict=True))
         if keep_answers:
             keep_answers.add_answers(args, numbers, results)
-        slowest = max(slowest, time.time() - start)
         tokens, cut, seconds = tokens + made, cut + unended, time.time() - began
         if seconds - last > 30:
             last, rest = seconds, (len(rows) - len(answers)) * seconds / (len(answers) - before)
             note("answer", f"{len(answers):,}/{len(rows):,}  left {rest / 60:,.0f} min")
-    done, seconds = f"{len(answers) - before:,} answered now, in", time.time() - began
-    if args.ranks > 1:
-        answers = keep_answers.wait_for_all(args)
-    if args.rank == 0:
-        new = Path(f"{args.output_file}.tmp")
+    now, seconds = len(answers) - before, time.time() - began
+    if keep_answers:
+        keep_answers.finish(args, rows, answers)  # of all processes
+    else:
+        new, answered = (
+            Path(f"{args.output_file}.tmp"),
+            [r | answers[i] for i, r in enumerate(rows)],
+        )
         with new.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            for i, row in enumerate(rows):
-                file.write(json.dumps(row | answers[i], ensure_ascii=False, default=str) + "\n")
-        keep_answers.finish(args, new) if keep_answers else new.replace(args.output_file)
-    done = f"{len(rows):,} rows in {args.output_file}; {done} {seconds:,.0f} s, "
-    done += f"{tokens / seconds:,.0f} tok/s"
-    note("done", f"{done}; {cut:,} answers cut off before a stop token")
-
-
-def batches(args, numbers, prompts):
-    """The numbers of the rows, by batch. Padding must take no room from a shorter prompt."""
-    found, first = [], 0
-    while first < len(numbers):
-        fits = len(prompts[numbers[first]]) + args.max_new_tokens <= args.positions
-        found.append(numbers[first : first + (args.batch_size if fits else 1)])
-        first += len(found[-1])
-    return found
+            file.writelines(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in answered)
+        new.replace(args.output_file)
+    done = f"{len(rows):,} rows in {args.output_file}; {now:,} answered now, in {seconds:,.0f} s"
+    done += f", {tokens / seconds:,.0f} tok/s; {cut:,} answers cut off before a stop token"
+    note("done", done)
 
 
 # ---- 5. Guard rails: no need to read ----
@@ -431,7 +393,7 @@ def check_arguments(args):
     check((file is None) != (args.prompt is None), "give one of --prompt and --prompt_file.")
     check((file is None) == (args.output_file is None), "--prompt_file needs an --output_file.")
     check(file is None or Path(file).is_file(), f"{file} is no file, seen from {Path.cwd()}.")
-    is_same = file and Path(file).resolve() == Path(args.output_file or "").resolve()
+    is_same = file and Path(file).resolve() == Path(args.output_file).resolve()
     check(not is_same, "--output_file is the --prompt_file. Choose another.")
     check(args.batch_size in (None, *range(1, 2**20)), "--batch_size must be 1 or more.")
     args.rank, args.ranks = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -455,18 +417,13 @@ def check_arguments(args):
 
 def choose_precision(args):
     """Return (precision, reason) for --precision on this machine."""
-    import torch
-
     best, impossible, reason = "fp32", "fp16", "no GPU in use"
-    visible, queue = (os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "PBS_QUEUE"))
-    is_hidden = visible == "" or queue == "rt_HC"  # ABCI's queue without GPUs
     if torch.cuda.is_available() and args.device_map != "cpu":
         capability = torch.cuda.get_device_capability()
         best, impossible = ("bf16", None) if capability >= (8, 0) else ("fp16", "bf16")
         reason = "compute capability {}.{}".format(*capability)
-    elif args.device_map != "cpu" and not is_hidden:
-        problem = f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not see the GPU."
-        check(not Path("/dev/nvidiactl").exists(), f"{problem} nvidia-smi? Or --device_map cpu.")
+    elif args.device_map != "cpu" and keep_answers:
+        keep_answers.check_gpu()
     precision = best if args.precision == "auto" else args.precision
     check(precision != impossible, f"--precision {precision} does not work here: {reason}.")
     return precision, reason
@@ -528,8 +485,6 @@ def exact_tokenizer(name, rows, say, grown=False, **remote):
 
 
 def print_banner(args, model, tokenizer, precision, prompts):
-    import torch
-
     size = f"{model.num_parameters():,} parameters{args.origin}"
     note("model", f"{args.model_name_or_path} ({model.config.model_type}), {size}")
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"

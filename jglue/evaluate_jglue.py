@@ -7,33 +7,30 @@ ask for one), and what cannot be read as an answer is counted and is wrong; in J
 2.5, the middle of the scale. JCommonsenseQA and JNLI are also scored without reading: the answer
 is then the choice that the model finds likeliest (score_choices.py).
 
-    python evaluate_jglue.py --task all --model_name_or_path MODEL             (zero-shot)
-    python evaluate_jglue.py --task all --model_name_or_path MODEL --num_fewshot 4
+    python evaluate_jglue.py --task all --model_name_or_path MODEL            (--num_fewshot 4)
     python evaluate_jglue.py --task jsquad --prediction_file output/jsquad_generated.jsonl
     qsub -P GROUP -v TASK=all job.sh                           (preparation, and the first of these)
 
-With a model: reads what prepare_jglue.py wrote, runs make_prompts.py, generate_text.py and
-score_choices.py, and writes prompts, answers and scores with 95 % intervals (JSON, Markdown) to
---output_dir. Interrupted, the same command goes on where it stopped (status 75: not finished).
-Costs what generating costs: --limit 50 for a quick look.
+With a model (ask_model.py): reads what prepare_jglue.py wrote, runs make_prompts.py,
+generate_text.py and score_choices.py, and writes prompts, answers and scores with 95 % intervals
+(JSON, Markdown) to --output_dir. Interrupted, the same command goes on where it stopped (status 75:
+not finished). Costs what generating costs: --limit 50 for a quick look.
 
-JGLUE's definition for JSQuAD stands in its patch to transformers' squad_metrics.py
-(https://github.com/yahoojapan/JGLUE, fine-tuning/patch): compare in lower case, without 。 at the
-end, runs of white space as one space; F1 over the characters; the best of the annotators' answers
-counts.
+JGLUE's definition for JSQuAD (https://github.com/yahoojapan/JGLUE, fine-tuning/patch): compare in
+lower case, without 。 at the end, runs of white space as one space; F1 over the characters; the
+best of the annotators' answers counts.
 """
 
 import argparse
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import unicodedata
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
+
+import numpy as np
 
 TASKS = ("jsquad", "jcommonsenseqa", "jnli", "jsts")
 JNLI_NAMES = {"含意": "entailment", "矛盾": "contradiction", "中立": "neutral"}
@@ -41,14 +38,9 @@ MIDDLE = 2.5  # what an unreadable JSTS answer counts as
 # Options of generate_text.py and score_choices.py that go to them as they are.
 PASSED = ("batch_size", "precision", "device_map", "load_in_8bit", "load_in_4bit")
 PASSED += ("trust_remote_code", "chat_template", "chat_template_kwargs")
-METHOD = """95 % intervals: of shares of right answers Wilson's; of F1 and correlations the
-percentiles of 1,000 bootstrap samples of the questions (seed 0). Both take the questions for
-independent. acc: the likeliest choice by the sum over its tokens; acc_norm: by that sum divided by
-the choice's characters; acc_per_token: by its tokens."""
 
 
 def fail(message):
-    """Print one line on stderr and leave with exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -60,8 +52,7 @@ def parse_args(argv=None):
     add("--task", choices=[*TASKS, "all"], required=True, help="one task; with a model also all")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prediction_file", type=Path, help="JSON Lines from generate_text.py")
-    path = os.path.expanduser
-    what.add_argument("--model_name_or_path", type=path, help="model, adapter, or a hub name")
+    what.add_argument("--model_name_or_path", type=os.path.expanduser, help="model or adapter")
     add("--output_file", type=Path, help="of a --prediction_file: also write the scores here")
     add("--data_dir", type=Path, help="where prepare_jglue.py wrote; default: output")
     add("--output_dir", type=Path, help="default: scores/NAME_OF_THE_MODEL in --data_dir")
@@ -159,22 +150,16 @@ def jsquad_values(rows):
 
 def score_jsquad(rows):
     empty, exact, best = jsquad_values(rows)
-    return {
-        "unreadable": sum(empty),
-        "exact_match": sum(exact) / len(rows),
-        "f1": sum(best) / len(rows),
-    }
+    count, unreadable = len(rows), sum(empty)
+    return {"unreadable": unreadable, "exact_match": sum(exact) / count, "f1": sum(best) / count}
 
 
 def score_labels(rows, answers):
     """Return the accuracy, and that of always giving the commonest label, which is to be beaten."""
     labels = [row["label"] for row in rows]
     right = sum(answer == label for answer, label in zip(answers, labels, strict=True))
-    return {
-        "unreadable": answers.count(None),
-        "accuracy": right / len(rows),
-        "commonest_label": Counter(labels).most_common(1)[0][1] / len(rows),
-    }
+    scores = {"unreadable": answers.count(None), "accuracy": right / len(rows)}
+    return scores | {"commonest_label": Counter(labels).most_common(1)[0][1] / len(rows)}
 
 
 def score_jcommonsenseqa(rows):
@@ -194,17 +179,12 @@ def jsts_values(rows):
 
 def score_jsts(rows):
     read, answers, golds = jsts_values(rows)
-    return {
-        "unreadable": read.count(None),
-        "pearson": correlation(answers, golds),
-        "spearman": correlation(ranks(answers), ranks(golds)),
-    }
+    scores = {"unreadable": read.count(None), "pearson": correlation(answers, golds)}
+    return scores | {"spearman": correlation(ranks(answers), ranks(golds))}
 
 
 def correlation(left, right):
     """Return Pearson's correlation of two lists, or None where one of them does not vary."""
-    import numpy as np
-
     left, right = (np.asarray(values, dtype=np.float64) for values in (left, right))
     if np.ptp(left) == 0 or np.ptp(right) == 0:
         return None
@@ -214,73 +194,12 @@ def correlation(left, right):
 
 def ranks(values):
     """Return the rank of each value, equal values sharing the mean of theirs, as Spearman needs."""
-    import numpy as np
-
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
-def score_choices(rows):
-    """Return the accuracies of the likeliest choice: of its sum, and of that by its length."""
-    right = {"acc": 0, "acc_norm": 0, "acc_per_token": 0}
-    ties = 0
-    for row in rows:
-        choices, sums = row["answer_choices"], row["choice_logprobs"]
-        pairs = list(zip(choices, sums, strict=True))
-        ties += sums.count(max(sums)) > 1
-        by_token = [a / n for a, n in zip(sums, row["choice_tokens"], strict=True)]
-        values = {"acc": sums, "acc_norm": [a / len(text) for text, a in pairs]}
-        for name, value in {**values, "acc_per_token": by_token}.items():
-            right[name] += choices[value.index(max(value))] == row["completion"]
-    return {"ties": ties, **{name: count / len(rows) for name, count in right.items()}}
-
-
-SCORERS = {
-    "jsquad": score_jsquad,
-    "jcommonsenseqa": score_jcommonsenseqa,
-    "jnli": score_jnli,
-    "jsts": score_jsts,
-}
-
-
-# ---- 95 % intervals ----
-
-
-def wilson(share, count):
-    """Return Wilson's interval of a share of `count` independent questions."""
-    square = 1.959964**2 / count
-    middle, spread = share + square / 2, share * (1 - share) * square + square**2 / 4
-    return [(middle - spread**0.5) / (1 + square), (middle + spread**0.5) / (1 + square)]
-
-
-def bootstrap(score, *columns):
-    """Return the percentiles of a score over 1,000 samples of the questions, or None.
-
-    None where the score is undefined, or the same in all samples: they then say nothing.
-    """
-    import numpy as np
-
-    columns = [np.asarray(column, dtype=np.float64) for column in columns]
-    rng, count = np.random.default_rng(0), len(columns[0])
-    samples = (rng.integers(count, size=count) for _ in range(1000))
-    values = [score(*(column[sample] for column in columns)) for sample in samples]
-    values = [value for value in values if value is not None]
-    if len(values) < 950 or min(values) == max(values):
-        return None
-    return np.percentile(values, [2.5, 97.5]).tolist()
-
-
-def intervals(task, rows, scores):
-    """Return {name of a score: [low, high]} for the scores of generated answers."""
-    if task == "jsquad":
-        best = jsquad_values(rows)[2]
-        exact = wilson(scores["exact_match"], len(rows))
-        return {"exact_match": exact, "f1": bootstrap(lambda values: values.mean(), best)}
-    if task != "jsts":
-        return {"accuracy": wilson(scores["accuracy"], len(rows))}
-    _, answers, golds = jsts_values(rows)
-    by_rank = bootstrap(lambda a, b: correlation(ranks(a), ranks(b)), answers, golds)
-    return {"pearson": bootstrap(correlation, answers, golds), "spearman": by_rank}
+SCORERS = {"jsquad": score_jsquad, "jcommonsenseqa": score_jcommonsenseqa}
+SCORERS |= {"jnli": score_jnli, "jsts": score_jsts}
 
 
 # ---- Reading and checking the file ----
@@ -301,30 +220,22 @@ def gold_task(row):
 
 def check_row(row, task, place):
     """Leave with a message unless the row can be scored for the task."""
-    if not isinstance(row, dict):
-        fail(f"{place} is no object. Give the file that generate_text.py wrote.")
-    if not isinstance(row.get("generated_text"), str):
+    if not isinstance(row, dict) or not isinstance(row.get("generated_text"), str):
         fail(f"{place} has no text in `generated_text`. Give what generate_text.py wrote.")
     found = gold_task(row)
     if found is None or "id" not in row:
-        fields = ", ".join(row)
-        fail(
-            f"{place} has no {task} answers to compare with (fields: {fields}). Generate from "
-            "a file that prepare_jglue.py wrote: it carries them along."
-        )
+        problem = f"{place} has no {task} answers to compare with (fields: {', '.join(row)})"
+        fail(f"{problem}. Generate from a file that prepare_jglue.py wrote: it carries them along.")
     if found != task:
         fail(f"{place} belongs to {found}, not to {task}. Give --task {found}.")
 
 
 def read_predictions(path, task):
     """Return the file's rows, each checked, each id once."""
-    advice = "Give the file that generate_text.py wrote."
     try:
         content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        fail(f"{path} is not UTF-8 (byte {error.start}). {advice}")
-    except OSError as error:
-        fail(f"--prediction_file {path} cannot be read ({error.strerror}). {advice}")
+    except (OSError, UnicodeError) as error:
+        fail(f"--prediction_file {path} cannot be read: {error}. Give what generate_text.py wrote.")
     rows, seen = [], {}
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
@@ -374,137 +285,15 @@ def score_file(args):
             fail(f"{args.output_file} cannot be written ({error.strerror}). Name another file.")
 
 
-# ---- Asking a model ----
-
-
-def run(script, *words):
-    """Run a script in a process of its own; what it prints is seen, a failure's status is ours."""
-    if not script.is_file():
-        fail(f"{script} is not there, and is needed to ask a model. Copy it along.")
-    before = signal.getsignal(signal.SIGTERM)
-    with subprocess.Popen([sys.executable, str(script), *map(str, words)]) as child:
-        signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it ends its batch, with 75
-        status = child.wait()
-    signal.signal(signal.SIGTERM, before)
-    if status:
-        raise SystemExit(status if status > 0 else 128 - status)
-
-
-def ask_model(args, stem):
-    """Make the prompts, let the model answer them; return the rows answered and those scored."""
-    here, is_chat = Path(__file__).resolve().parent, args.apply_chat_template
-    files = [Path(f"{stem}_{name}.jsonl") for name in ("prompts", "answers", "choices")]
-    words = ["--task", args.task, "--data_dir", args.data_dir, "--output_file", files[0]]
-    words += ["--num_fewshot", args.num_fewshot, "--seed", args.seed]
-    words += ["--limit", args.limit] if args.limit is not None else []
-    run(here / "make_prompts.py", *words, *(["--turns"] if is_chat else []))
-    if not is_chat and Path(args.model_name_or_path, "chat_template.jinja").is_file():
-        hint = "if it was trained on conversations, add --apply_chat_template true"
-        print(f"the model has a chat template, and is asked by text: {hint}", file=sys.stderr)
-    model = ["--model_name_or_path", args.model_name_or_path, "--prompt_file", files[0]]
-    for name in PASSED:
-        model += [f"--{name}", getattr(args, name)] if getattr(args, name) is not None else []
-    more = ["--output_file", files[1], "--max_new_tokens", args.max_new_tokens]
-    run(here.parent / "generate_text" / "generate_text.py", *model, *more)
-    rows, scored = read_lines(files[1]), []
-    if any("answer_choices" in row for row in rows):
-        run(here / "score_choices.py", *model, "--output_file", files[2])
-        scored = read_lines(files[2])
-    return rows, scored
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def describe(args, stem):
-    """Return what the scores are of, for whoever compares them with others."""
-    with_adapter, base = Path(args.model_name_or_path, "adapter_config.json"), None
-    if with_adapter.is_file():
-        base = json.loads(with_adapter.read_text("utf-8")).get("base_model_name_or_path")
-    record = Path(f"{stem}_answers.jsonl.settings.json")  # generate_text.py's
-    settings = json.loads(record.read_text("utf-8")) if record.is_file() else {}
-    names = "num_fewshot seed limit max_new_tokens apply_chat_template".split()
-    facts = {name: getattr(args, name) for name in names}
-    options = {name: getattr(args, name) for name in PASSED if getattr(args, name) is not None}
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-    versions["python"] = sys.version.split()[0]
-    facts |= {"precision": settings.get("precision"), "options": options, "versions": versions}
-    return {"model": args.model_name_or_path, "adapter_on": base, **facts}
-
-
-def evaluate_model(args):
-    """Ask the model, score its answers, and write a JSON and a Markdown file."""
-    stem = args.output_dir / f"{args.task}_{args.num_fewshot}shot"
-    stem = f"{stem}_chat" if args.apply_chat_template else stem
-    stem = f"{stem}_limit{args.limit}" if args.limit else stem
-    rows, scored = ask_model(args, stem)
-    result = {**describe(args, stem), "method": " ".join(METHOD.split()), "tasks": {}}
-    for task in TASKS if args.task == "all" else [args.task]:
-        own = [row for row in rows if row["task"] == task]
-        for number, row in enumerate(own, 1):
-            check_row(row, task, f"{stem}_answers.jsonl, question {number} of {task}")
-        scores = SCORERS[task](own)
-        entry = {"rows": len(own), "examples": own[0]["examples"], **scores}
-        limits = intervals(task, own, scores)
-        if with_choices := [row for row in scored if row["task"] == task]:
-            likeliest = score_choices(with_choices)
-            entry |= likeliest
-            names = [name for name in likeliest if name.startswith("acc")]
-            limits |= {name: wilson(likeliest[name], len(own)) for name in names}
-        result["tasks"][task] = entry | {"intervals": limits}
-    page = make_page(result)
-    try:
-        write(Path(f"{stem}.json"), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        write(Path(f"{stem}.md"), page)
-    except OSError as error:
-        fail(f"{error.filename} cannot be written ({error.strerror}). Name another --output_dir.")
-    print(f"{page}\nwritten         {stem}.json and {stem}.md")
-
-
-def make_page(result):
-    """Return the scores as a Markdown page."""
-    how = "turns of the chat template" if result["apply_chat_template"] else "plain text"
-    facts = f"{result['num_fewshot']}-shot, asked by {how}, at most {result['max_new_tokens']} "
-    facts += f"new tokens, {result['precision']}, seed {result['seed']}"
-    facts += f", --limit {result['limit']}" if result["limit"] else ""
-    names = "Task|Score|Value|95 % interval|Commonest label|Questions|Unreadable".split("|")
-    lines = [f"# JGLUE: {result['model']}", "", f"{facts}.", "", row_of(names), "|---" * 7 + "|"]
-    for task, entry in result["tasks"].items():
-        for name, limits in entry["intervals"].items():
-            span = " to ".join(map(number, limits)) if limits else "undefined"
-            value, label = number(entry[name]), entry.get("commonest_label")
-            unread = entry["unreadable"] if not name.startswith("acc_") and name != "acc" else ""
-            cells = [task, name, value, span, "" if label is None else number(label)]
-            lines.append(row_of([*cells, f"{entry['rows']:,}", unread]))
-    ties = sum(entry.get("ties", 0) for entry in result["tasks"].values())
-    if ties:
-        lines += ["", f"{ties} questions had several likeliest choices; the first of them counts."]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return "\n".join([*lines, "", f"{result['method']} {versions}."]) + "\n"
-
-
-def row_of(cells):
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def number(value):
-    return "undefined" if value is None else f"{value:.4f}"
-
-
-def write(path, text):
-    """Write a file under another name first, so that a killed run leaves no half of it."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 def main(argv=None):
     args = parse_args(argv)
     if args.prediction_file:
-        score_file(args)
-    else:
-        evaluate_model(args)
+        return score_file(args)
+    try:
+        from ask_model import evaluate_model
+    except ImportError as error:
+        fail(f"{error}. ask_model.py stands beside this script: copy it along.")
+    return evaluate_model(args)
 
 
 if __name__ == "__main__":

@@ -25,22 +25,31 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
-try:  # the model and its ids as in generate_text.py; what lets a file go on where it was cut off
+sys.path += [
+    str(Path(__file__).resolve().parent.parent / name) for name in ("generate_text", "jobs")
+]
+try:  # the model and its ids as in generation; what lets a file go on where it was cut off
     import keep_answers
-    from load_model import (
+
+    from generate_text import (
         boolean,
+        check,
+        check_arguments,
         choose_precision,
         encode_prompt,
-        find_base,
+        fail,
         load_model,
         load_tokenizer,
         note,
     )
-    from run_common import check, fail
-except ModuleNotFoundError:
-    print("error: this script needs the directory ../jobs. Copy it along.", file=sys.stderr)
+except ImportError:
+    needed = "../jobs and ../generate_text"
+    print(f"error: this script needs the directories {needed}. Copy them along.", file=sys.stderr)
     raise SystemExit(2) from None
+
+# What generate_text.py asks for, and what is not asked for here.
+FIXED = {"prompt": None, "max_new_tokens": 1, "do_sample": False, "temperature": 1, "top_p": 1}
+FIXED |= {"seed": 0, "compare_base": False, "chat": False}
 
 
 def parse(argv):
@@ -59,6 +68,7 @@ def parse(argv):
     add("--chat_template", **path, help="alpaca, or a Jinja file. Default: the tokenizer's own.")
     add("--chat_template_kwargs", default="{}", help='Like {"enable_thinking": false}.')
     add("--trust_remote_code", **switch, help="Run the repository's code. Read it first.")
+    parser.set_defaults(**FIXED)
     return parser.parse_args(argv)
 
 
@@ -119,8 +129,11 @@ def read_prompts(args, tokenizer):
 
 def main(argv=None):
     args = parse(argv)
+    check("WORLD_SIZE" not in os.environ, "score_choices.py is one process. Leave torchrun out.")
     check_arguments(args)
-    import torch  # from here on it takes seconds
+    for name in FIXED.keys() - {"do_sample"}:
+        delattr(args, name)  # they change no score, and are not to be recorded
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -151,23 +164,17 @@ def main(argv=None):
 def score_file(args, model, rows, texts):
     """Score what has no score yet, the longest first, a batch of rows at a time."""
     order = sorted(range(len(rows)), key=lambda i: -len(texts[i][0]))
-    scores, slowest, began = keep_answers.read_answers(args), 0, time.time()
+    scores, began = keep_answers.read_answers(args), time.time()
     before = len(scores)
     for first in range(0, len(order), args.batch_size):
         numbers = [i for i in order[first : first + args.batch_size] if i not in scores]
         if not numbers:
             continue
-        done, start = f"{len(scores):,} of {len(rows):,} rows are scored; ", time.time()
-        keep_answers.stop_if_asked(args, slowest, done)
+        keep_answers.stop_if_asked(args, f"{len(scores):,} of {len(rows):,} rows are scored")
         results = score_rows(args, model, [texts[i] for i in numbers])
         keep_answers.add_answers(args, numbers, results)
         scores.update(zip(numbers, results, strict=True))
-        slowest = max(slowest, time.time() - start)
-    new = Path(f"{args.output_file}.tmp")
-    with new.open("x", encoding="utf-8") as file:
-        for i, row in enumerate(rows):
-            file.write(json.dumps(row | scores[i], ensure_ascii=False) + "\n")
-    keep_answers.finish(args, new)
+    keep_answers.finish(args, rows, scores)
     done = f"{len(scores) - before:,} scored now, in {time.time() - began:,.0f} s"
     note("done", f"{len(rows):,} rows in {args.output_file}; {done}")
 
@@ -212,18 +219,6 @@ def predict(model, inputs):
         part = row[start - width + keep : len(text) - width + keep]
         results.append(part.float().log_softmax(-1).cpu())
     return results
-
-
-def check_arguments(args):
-    """Refuse what cannot work before anything is loaded."""
-    file, output = args.prompt_file, Path(args.output_file)
-    check(Path(file).is_file(), f"{file} is no file, seen from {Path.cwd()}.")
-    is_same = Path(file).resolve() == output.resolve()
-    check(not is_same, "--output_file is the --prompt_file. Choose another.")
-    check(args.batch_size in (None, *range(1, 2**20)), "--batch_size must be 1 or more.")
-    args.rank, args.ranks, args.do_sample = 0, 1, False  # what keep_answers.py asks for
-    check("WORLD_SIZE" not in os.environ, "score_choices.py is one process. Leave torchrun out.")
-    find_base(args)
 
 
 if __name__ == "__main__":

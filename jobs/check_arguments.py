@@ -80,12 +80,13 @@ def refuse(message):
 
 
 def settle(values):
-    """What follows from other arguments: of early stopping, that each save is evaluated."""
+    """Set what follows from other arguments: of early stopping, that each save is evaluated."""
     values["save_total_limit"] = None  # KeepRun removes old checkpoints itself, only this run's
     if values["early_stopping_patience"] is not None:
         when, steps = values["save_strategy"], values["save_steps"]
         check(when in ("steps", "epoch"), "--early_stopping_patience needs --save_strategy steps.")
         values.update(eval_strategy=when, eval_steps=steps, load_best_model_at_end=True)
+    return values
 
 
 def check_arguments(script, training, given):

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import yaml
+from check_arguments import check_arguments
 from run_common import check, read_deadline, say
 from run_files import check_lock, find_checkpoints, find_complete, take_lock, what_lacks
 
@@ -25,8 +26,9 @@ def find_run(script, training, given, source):
     """Return (checkpoint to go on from or None, record of this run); ends if it is finished.
 
     `given` are the arguments that are not the default, `source` is the training script's file. The
-    first process of a node looks first, and takes the lock.
+    first process of a node looks first, and takes the lock. What cannot work is refused.
     """
+    check_arguments(script, training, given)
     training.deadline = read_deadline()
     with training.main_process_first(local=False):
         return _find_run(script, training, given, source)

@@ -1,9 +1,10 @@
 """Keep the answers to a file of prompts: they go on where they were cut off, and stop in time.
 
-generate_text.py imports this file where `jobs` lies beside its directory. Beside OUT, the answers
-so far are in OUT.partial (of a second process in OUT.partial.1), what they were made with in
-OUT.settings.json, which is the lock, too. Of several processes, started by torchrun, each answers
-its share of the batches; where one must stop, it leaves OUT.partial.stop for the others.
+generate_text.py imports this file where `jobs` lies beside its directory, ../jglue/score_choices.py
+always. Beside OUT, the answers so far are in OUT.partial (of a second process in OUT.partial.1),
+what they were made with in OUT.settings.json, which is the lock, too. Of several processes, started
+by torchrun, each answers its share of the batches; where one must stop, it leaves OUT.partial.stop
+for the others.
 """
 
 import fcntl
@@ -33,7 +34,7 @@ def claim_output(args, precision, prompts):
     """
     is_one_node = int(os.environ.get("LOCAL_WORLD_SIZE", args.ranks)) == args.ranks
     check(is_one_node, "several processes must be on one node. Split the file for several nodes.")
-    args.deadline = read_deadline()
+    args.deadline, args.slowest, args.looked = read_deadline(), 0, 0
     signal.signal(signal.SIGTERM, lambda *_: setattr(args, "deadline", 0))
     output = Path(args.output_file).resolve()
     settings = describe(args, precision, prompts)
@@ -68,6 +69,7 @@ def claim_output(args, precision, prompts):
         fail(f"--output_file {output} cannot be written: {error}")
     Path(f"{output}.tmp").unlink(missing_ok=True)  # of a run that was killed at its end
     stop_if_asked(args)
+    args.looked = 0  # loading the model is no batch
     tell(args, "claimed")
 
 
@@ -75,7 +77,8 @@ def describe(args, precision, prompts):
     """What decides the answers: arguments, prompts, and the files of the model."""
     text = Path(args.prompt_file).read_bytes() + json.dumps(prompts).encode()
     settings = vars(args) | {"precision": precision, "prompts": hashlib.sha256(text).hexdigest()}
-    free = ["device_map", "prompt_file", "output_file", "deadline", "rank", "ranks"]
+    free = ["device_map", "prompt_file", "output_file", "deadline", "rank", "ranks", "slowest"]
+    free.append("looked")
     if precision == "fp32" and not args.do_sample:  # in 16 bit, near ties can hang on the batch
         free.append("batch_size")
     settings |= dict.fromkeys(free)  # they change no answer
@@ -112,21 +115,68 @@ def this_start():
     return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
 
 
-def stop_if_asked(args, seconds=0, done=""):
-    """Leave with 75, "not finished", where a batch of so many seconds must not begin any more.
+def auto_class(config):
+    """The class to load a model by, as in training."""
+    from model_layers import auto_class
+
+    return auto_class(config)
+
+
+def check_gpu():
+    """Refuse a machine with a GPU that torch does not see."""
+    import torch
+
+    visible, queue = (os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "PBS_QUEUE"))
+    is_hidden = visible == "" or queue == "rt_HC"  # ABCI's queue without GPUs
+    problem = f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not see the GPU."
+    is_there = Path("/dev/nvidiactl").exists() and not is_hidden
+    check(not is_there, f"{problem} nvidia-smi? Or --device_map cpu.")
+
+
+def exact_batch(args, model, prompts):
+    """The size of a batch: 1 where the model's answers change with padding."""
+    if args.batch_size > 1 and not pads_well(model, min(prompts, key=len)[:8]):
+        note("batch", "prompts are answered one by one: this model is not exact on padded ones")
+        return 1
+    return args.batch_size
+
+
+def pads_well(model, prompt):
+    """Whether padding on the left leaves the next two tokens' logits as they are without it."""
+    import torch
+
+    more, size = {"output_logits": True, "return_dict_in_generate": True}, len(prompt)
+    more |= {"do_sample": False, "min_new_tokens": 2, "max_new_tokens": 2}
+    ids = torch.tensor([[0] * size + prompt, prompt * 2]).to(model.device)
+    mask = torch.ones_like(ids)
+    mask[0, :size] = 0
+    padded = model.generate(input_ids=ids, attention_mask=mask, **more)
+    alone = model.generate(input_ids=ids[:1, size:], attention_mask=mask[:1, size:], **more)
+    is_same = padded.sequences[0, -2] == alone.sequences[0, -2]  # if not, by rounding alone
+    pairs = [*zip(padded.logits, alone.logits, strict=True)][: 1 + is_same]
+    return all((one[0] - two[0]).std() < 0.1 * two[0].std() for one, two in pairs)
+
+
+def stop_if_asked(args, done=""):
+    """Leave with 75, "not finished", where a batch like the slowest must not begin any more.
 
     Under run_ranks.py with 0, which gives the job 75: launchers take all else for a failure.
     """
     file, until = Path(args.output_file).resolve().with_name("STOP"), args.deadline
     other = heard(args, "stop")
-    if file.exists() or other or time.time() + seconds + 10 > until:
+    now = time.time()
+    args.slowest = max(args.slowest, now - args.looked if args.looked else 0)
+    args.looked = now
+    if file.exists() or other or now + args.slowest + 10 > until:
         why = "SIGTERM" if until == 0 else other or file
         if not file.exists() and not other and until:
             why = f"DEADLINE {time.ctime(until)}"
         tell(args, "stop", why)
         file.unlink(missing_ok=True)
-        what = "to go on, type the same command or submit the same job"
-        note("stopped", f"by {why}; {done}{what}")
+        what = (
+            f"{done + '; ' if done else ''}to go on, type the same command or submit the same job"
+        )
+        note("stopped", f"by {why}; {what}")
         raise SystemExit(0 if "RUN_RANKS" in os.environ else 75)
 
 
@@ -161,20 +211,27 @@ def add_answers(args, numbers, results):
 
 
 def wait_for_all(args):
-    """In the first process, the answers of all as soon as they are there; in the others, none."""
-    if args.rank > 0:
-        tell(args, f"end{args.rank}")
-        return {}
+    """The answers of all processes as soon as they are there."""
+    args.slowest = args.looked = 0  # no batch begins here any more
     while any(heard(args, f"end{rank}") is None for rank in range(1, args.ranks)):
-        stop_if_asked(args, done="another process has rows left; ")
+        stop_if_asked(args, "another process has rows left")
         time.sleep(1)
     return read_answers(args)
 
 
-def finish(args, new):
-    """Put the file of all rows in its place, and remove the answers so far."""
+def finish(args, rows, answers):
+    """Write all rows with their answers, of all processes, and remove the answers so far."""
+    if args.rank > 0:
+        tell(args, f"end{args.rank}")
+        return
+    if args.ranks > 1:
+        answers = wait_for_all(args)
     output = Path(args.output_file).resolve()
-    with new.open("rb") as file:
+    new = Path(f"{output}.tmp")
+    with new.open("x", encoding="utf-8", errors="backslashreplace") as file:
+        for i, row in enumerate(rows):
+            file.write(json.dumps(row | answers[i], ensure_ascii=False, default=str) + "\n")
+        file.flush()
         os.fsync(file.fileno())  # or a crash might leave neither these nor what they replace
     new.replace(output)
     name = glob.escape(f"{output.name}.partial")

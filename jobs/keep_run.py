@@ -19,15 +19,9 @@ from pickle import UnpicklingError
 import torch
 import transformers
 import yaml
-from check_arguments import (  # noqa: F401 -- for the scripts
-    check_arguments,
-    check_tokens,
-    read_words,
-    refuse,
-    settle,
-)
+from check_arguments import check_tokens, read_words, refuse, settle  # noqa: F401 -- for scripts
 from find_run import find_run  # noqa: F401
-from model_layers import check_part, freeze_beside_text, prepare  # noqa: F401
+from model_layers import freeze_beside_text, prepare  # noqa: F401
 from prepare_data import from_generator  # noqa: F401
 from run_common import check, fail
 from run_files import (
@@ -69,6 +63,7 @@ class KeepRun(transformers.TrainerCallback):
         if trainer.is_world_process_zero():
             self.record(given, run)
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "reason", "SIGTERM"))
+        trainer.evaluate = draw_nothing(trainer.evaluate)
         trainer.data_collator = Outlive(trainer.data_collator)
         if args.deepspeed and args.bf16 and args.kept_in == torch.float32:
             # DeepSpeed's own autocast leaves evaluations out.
@@ -176,6 +171,16 @@ class KeepRun(transformers.TrainerCallback):
             for name in ("STOP", "lock") if state.is_world_process_zero else ():
                 Path(args.output_dir, name).unlink(missing_ok=True)
             leave(f"by {self.reason or 'SIGTERM'} after step {state.global_step}, which is saved")
+
+
+def draw_nothing(evaluate):
+    """What an evaluation draws at random must change no dropout after it."""
+
+    def evaluate_aside(*args, **kwargs):
+        with torch.random.fork_rng(devices=[]):
+            return evaluate(*args, **kwargs)
+
+    return evaluate_aside
 
 
 def load_best_model(trainer):

@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 import re
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -106,6 +107,13 @@ def split(model, targets):
     return modules, experts, weights
 
 
+def check_targets(model, modules):
+    """Refuse what PEFT left out of the modules to put adapters beside."""
+    lost = {*modules} - {*model.base_model.targeted_module_names}
+    problem = f"PEFT puts nothing beside {ends_of(lost)}"
+    check(not lost, f"{problem}: name others by --lora_target_modules.")
+
+
 def coverage(model, targets):
     """What share an adapter on these stands beside, and what it leaves out, as a text."""
     layers, left = weigh_layers(model), {}
@@ -120,8 +128,14 @@ def prepare_rounded(model, script, training):
 
     A share below a half is refused.
     """
-    kinds = {n: type(m).__name__ for n, m in model.named_modules()}
+    modules, code = dict(model.named_modules()), cache(inspect.getsource)
+    kinds = {name: type(module).__name__ for name, module in modules.items()}
     done = [name for name, kind in kinds.items() if kind in ("Linear8bitLt", "Linear4bit")]
+    for parent, _, own in (name.rpartition(".") for name in done):
+        problem = f"{own} is multiplied past its layer, which 8 and 4 bit do not bear"
+        problem += ": leave --load_in_... out."
+        is_layer = f"self.{own}.weight @" not in code(type(modules[parent]))
+        check(is_layer, problem)  # Mamba's, of its first generation
     share = share_of(weigh_layers(model), done)
     problem = f"only {share:.1%} of the layers' weights can be in 8 or 4 bit. Leave --load_in_..."
     good = share >= 0.5 or script.allow_partly_quantized
@@ -167,17 +181,19 @@ def prepare(config, path, options):
     return auto_class(config)
 
 
-# Copied from generate_text/generate_text.py
 def auto_class(config):
     """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
-    import transformers
-
     sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
-def freeze_beside_text(model):
-    """Freeze what text does not pass: image and audio towers; return the names of these parts."""
+def freeze_beside_text(model, path=None):
+    """Freeze what text does not pass: image and audio towers; return the names of these parts.
+
+    `path` is what the model was loaded from.
+    """
+    if path and "quantization_config" in transformers.PreTrainedConfig.get_config_dict(path)[0]:
+        model._weight_conversions = None  # it would be saved packed again, or by other names
     names = beside_text(model)
     for name in names:
         model.get_parameter(name).requires_grad = False
@@ -191,11 +207,37 @@ def beside_text(model):
     return [name for name, weight in model.named_parameters() if weight not in text]
 
 
+# ---- A part to train ----
+
+
+def last_block(model):
+    """The names of the last block and of what comes behind the blocks, which is the final norm."""
+    number = model.config.get_text_config().num_hidden_layers
+    inside = {*model.get_decoder().modules()}
+    for name, blocks in model.named_modules():
+        if isinstance(blocks, torch.nn.ModuleList) and len(blocks) == number and blocks in inside:
+            parent, _, own = name.rpartition(".")
+            children = [child for child, _ in model.get_submodule(parent).named_children()]
+            behind = children[children.index(own) + 1 :]
+            return [f"{name}.{number - 1}", *(f"{parent}.{child}" for child in behind)]
+    return check(False, f"{type(model).__name__} has no list of blocks: type names to --train.")
+
+
+def gather(weight):
+    """Around what needs a whole weight: under ZeRO-3 each GPU has a part of it."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([weight])
+
+
 def check_part(script, training, choose_parameters):
     """Refuse a --train that means nothing, before data and weights are loaded.
 
     `choose_parameters(model, script.train)` returns names, and refuses what it does not find.
     """
+    check_expression(script.train)
     if is_deepspeed_zero3_enabled():
         return  # the twin below would be spread over the GPUs; the model itself gets the same check
     remote = {"trust_remote_code": script.trust_remote_code}
@@ -206,3 +248,11 @@ def check_part(script, training, choose_parameters):
     is_high = {*choose_parameters(twin, script.train)} <= {*choose_parameters(twin, "last_block")}
     in_vain = training.activation_checkpointing and is_high
     check(not in_vain, "--activation_checkpointing true only costs time: nothing below is trained.")
+
+
+def check_expression(train):
+    """Refuse a --train that is no regular expression."""
+    try:
+        re.compile(train)
+    except re.error as error:
+        check(False, f"--train {train} is no regular expression ({error}). Type \\. for a dot.")

@@ -1,6 +1,6 @@
 """Texts as token ids: marked copies of what the training scripts hold.
 
-finetune_dpo.py, finetune_grpo.py and load_model.py import this file: the ids there are those of
+finetune_dpo.py, finetune_grpo.py and merge_lora.py import this file: the ids there are those of
 finetune_full.py.
 """
 

@@ -4,16 +4,33 @@ What TRL would do by itself is in the comments, with what would be wrong with it
 """
 
 import math
+import time
 from collections import defaultdict
 from dataclasses import fields
 
 import torch
-from run_common import check
+from run_common import check, say
+from script_parts import peak_memory
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOConfig, DPOTrainer
 
 
-class PairTrainer(DPOTrainer):
+# Copied from finetune_full/finetune_full.py
+class EpochSampler(LengthGroupedSampler):
+    """Trainer's order, but drawn from seed and epoch: the same on all ranks and after a resume."""
+
+    def __iter__(self):
+        args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.generator = torch.Generator().manual_seed(seed + 1000 * epoch)
+        return super().__iter__()
+
+
+class FineTuner(DPOTrainer):
+    """TRL's trainer whose losses and margins are means over pairs; else as in finetune_full.py."""
+
     loss_is_scaled_for_ga, is_checked = True, False
+    sums, tokens_seen, first_step = 0, 0, 0
 
     def __init__(self, model, args, *more, **data):
         """Arguments as Trainer's; args holds beta and the reference model, too."""
@@ -38,6 +55,13 @@ class PairTrainer(DPOTrainer):
         """The ids are ready: TRL would cut prompts at other places, and drop long ones unheard."""
         return dataset
 
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler = EpochSampler(sampler.batch_size, lengths=sampler.lengths[:])
+            sampler.trainer = self
+        return sampler
+
     def save_model(self, output_dir=None, _internal_call=False):
         """With it, where an answer ends."""
         super().save_model(output_dir, _internal_call)
@@ -53,13 +77,16 @@ class PairTrainer(DPOTrainer):
         """The mean of all pairs of a step; TRL's is one of all rows, and of means of batches."""
         names = ("input_ids", "attention_mask", "completion_mask")
         rows, pairs = len(inputs["labels"]), inputs["shift_labels"].numel()
-        inputs = {name: inputs[name] for name in names}
+        tokens, inputs = inputs["num_tokens"], {name: inputs[name] for name in names}
         if not self.is_checked:
             self.is_checked = check_head(model, inputs)
         loss = super().compute_loss(model, inputs)
         # A row that fills up a batch has no answers: its margin is 0, its loss this.
         summed = loss * rows - math.log(2) * (rows - pairs)
-        return summed / num_items_in_batch * self.args.world_size, None
+        sums = summed.detach().double()
+        self.sums += torch.stack([sums, sums.new_tensor(pairs), tokens.to(sums)])
+        loss = summed / num_items_in_batch * self.args.world_size
+        return (loss, None) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         count = self._get_num_items_in_batch([inputs], self.args.device)
@@ -68,17 +95,48 @@ class PairTrainer(DPOTrainer):
             loss = self.compute_loss(model, inputs, num_items_in_batch=count.clamp(min=1))
         return loss, None, None
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # What is summed up must not reach into an evaluation, nor be lost to a resume.
+        control, is_last = self.control, self.state.global_step >= self.state.max_steps
+        control.should_log |= control.should_save or control.should_evaluate or is_last
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
-def more(trainer, logs):
-    """What a line says behind the loss: TRL's means of all rows as means of the pairs."""
-    mode = "eval" if "eval_loss" in logs else "train"
-    found, size = trainer._metrics[mode], getattr(trainer.args, f"{mode}_batch_size")
-    trainer._metrics[mode] = means = defaultdict(list)
-    for name in [name for name in found if name.startswith(("rewards/", "logps/"))]:
-        summed = sum(found[name]) * size * trainer.args.world_size
-        means[name].append(summed / logs["num_learned"])
-    margin, accuracy = (means[f"rewards/{name}"][0] for name in ("margins", "accuracies"))
-    return f"  margin {margin:.4f}  accuracy {accuracy:.4f}"
+    def log(self, logs, start_time=None):
+        """Means over pairs, not over batches; a line for each: `grep '^step'`."""
+        for name in {"loss", "eval_loss"} & set(logs):
+            loss, pairs, tokens = self.accelerator.reduce(self.sums, "sum").tolist()
+            loss, self.sums = loss / pairs, 0
+            logs.update({name: loss, "num_learned": pairs, "num_tokens": tokens})
+            done, total, now = self.state.global_step, self.state.max_steps, time.time()
+            check(math.isfinite(loss), f"the loss is {loss} at step {done}. Lower --learning_rate.")
+            means = self.means_of_pairs("train" if name == "loss" else "eval", pairs)
+            margin, accuracy = means["rewards/margins"][0], means["rewards/accuracies"][0]
+            text = f"step {done}/{total}  loss {loss:.4f}"
+            text += f"  margin {margin:.4f}  accuracy {accuracy:.4f}"
+            if name == "eval_loss":
+                say("eval", text)
+                continue
+            lr, grad = logs["learning_rate"], logs["grad_norm"]
+            logs["tokens_per_second"] = speed = tokens / (now - self.last)
+            text += f"  lr {lr:.2e}  grad {grad:.3f}  {speed:,.0f} tok/s  {peak_memory():.2f} GiB"
+            left = int((total - done) * (now - self.began) / (done - self.first_step))
+            say(text, f"  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+            self.last, self.tokens_seen = now, self.tokens_seen + tokens
+        super().log(logs, start_time)
+
+    def means_of_pairs(self, mode, pairs):
+        """TRL's means of all rows, which it is about to log, as means of the pairs."""
+        found, size = self._metrics[mode], getattr(self.args, f"{mode}_batch_size")
+        self._metrics[mode] = means = defaultdict(list)
+        for name in [name for name in found if name.startswith(("rewards/", "logps/"))]:
+            means[name].append(sum(found[name]) * size * self.args.world_size / pairs)
+        return means
+
+    def save_metrics(self, split, metrics, combined=True):
+        """With the last step's margins."""
+        last = [entry for entry in self.state.log_history if "loss" in entry][-1]
+        metrics |= {f"train_{name}": value for name, value in last.items() if "/" in name}
+        super().save_metrics(split, metrics, combined)
 
 
 def without_dropout(model):

@@ -136,6 +136,7 @@ def help_out(make, numbers, form, parent):
 
 
 def main(argv=None):
+    from check_arguments import check_arguments
     from find_run import describe
 
     words = sys.argv[1:] if argv is None else argv
@@ -146,7 +147,8 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
-        script, training, _ = train.parse(words[1:])
+        script, training, given = train.parse(words[1:])
+        check_arguments(script, training, given)
         tokenizer, max_length = train.load_tokenizer(script)
         train.load_data(script, training, tokenizer, max_length, describe(script, words[0]))
     except Exception as error:

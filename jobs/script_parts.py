@@ -75,16 +75,15 @@ def read_model(script, tokenizer, source, **options):
     config, load = transformers.AutoConfig.from_pretrained(source, **remote), AutoModelForCausalLM
     if keep_run:  # a model that sees, too, and weights that are published quantised
         load = keep_run.prepare(config, source, options)
-    is_plain, packed = config.get_text_config() is config, hasattr(config, "quantization_config")
-    check(keep_run or is_plain, "a model that sees needs `jobs` beside this script's directory.")
+    is_plain = config.get_text_config() is config and not hasattr(config, "quantization_config")
+    problem = "a model that sees, or is published quantised, needs `jobs` beside"
+    check(keep_run or is_plain, f"{problem} this script's directory.")
     options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
     model, info = load.from_pretrained(source, config=config, **options, **remote)
     missing = sorted(info["missing_keys"])[:3]
     check(not missing, f"{source} lacks weights: {missing} would be random.")
-    if keep_run and (parts := keep_run.freeze_beside_text(model)):
+    if keep_run and (parts := keep_run.freeze_beside_text(model, source)):
         say("frozen", f"{', '.join(parts)}: text does not pass there")
-    if packed:
-        model._weight_conversions = None  # it would be saved packed again, or by other names
     model.loss_type = "ForCausalLM"  # gpt2 names none and divides by a wrong number of tokens
     model.accepts_loss_kwargs = True  # the number of tokens, which composites seem to refuse
     ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
@@ -99,29 +98,25 @@ def read_model(script, tokenizer, source, **options):
 # Copied from finetune_lora/finetune_lora.py
 def load_model(script, training, tokenizer, resume):
     """The base, in the precision that is computed in or quantised, and the adapter on it."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    options = {"dtype": dtypes[script.precision]}
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    options = {"dtype": dtypes.get(script.precision, torch.float32)}
     if bits := 8 * script.load_in_8bit or 4 * script.load_in_4bit:
         # The quantiser passes over subclasses of Linear.
         transformers.models.falcon.modeling_falcon.FalconLinear = torch.nn.Linear
         options["device_map"] = {"": str(training.device)}
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_8bit=script.load_in_8bit,
-            load_in_4bit=script.load_in_4bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=options["dtype"],
-        )
+        kind = {f"load_in_{bits}bit": True, "bnb_4bit_compute_dtype": options["dtype"]}
+        kind |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**kind)
     model = read_model(script, tokenizer, script.model_name_or_path, **options)
     done = [m for m in model.modules() if type(m).__module__ == "bitsandbytes.nn.modules"]
     for layer in done:
         layer.support_avx512bf16_for_cpu = False  # or an evaluation on a CPU spoils the training
     check(done or not bits, f"no layer was quantised: leave --load_in_{bits}bit out.")
-    kind = f"{len(done)} layers in {bits} bit, else " if bits else ""
-    memory = f"{model.get_memory_footprint() / 2**20:,.1f} MiB"
+    text = f"{len(done)} layers in {bits} bit, else " if bits else ""
+    text += f"{script.precision}; frozen; {model.get_memory_footprint() / 2**20:,.1f} MiB"
     if bits and model_layers:
-        memory += f"; {model_layers.prepare_rounded(model, script, training)}"
-    say("base", f"{kind}{script.precision}; frozen; {memory}")
+        text += f"; {model_layers.prepare_rounded(model, script, training)}"
+    say("base", text)
     if Path(script.model_name_or_path).is_dir():  # so that the adapter finds it from anywhere
         model.name_or_path = str(Path(script.model_name_or_path).resolve())
     return add_adapter(script, training, tokenizer, model)
@@ -138,8 +133,7 @@ def add_adapter(script, training, tokenizer, model):
         modules, weights, whole = model_layers.find_targets(model, script)
     else:
         is_plain = not whole and all(weight.dim() < 3 for weight in model.parameters())
-        problem = "--modules_to_save, experts and Mamba layers need `jobs` beside"
-        check(is_plain, f"{problem} this script's directory.")
+        check(is_plain, "--modules_to_save, experts, Mamba layers need `jobs` beside this place.")
         modules = {"all-linear": "all-linear", "none": []}.get(",".join(modules), modules)
     # A file may hold a head of its own in spite of its configuration, as Falcon's does.
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -160,11 +154,11 @@ def add_adapter(script, training, tokenizer, model):
     warnings.filterwarnings("ignore", module="peft|transformers")  # of what PEFT mends itself
     transformers.set_seed(training.seed)  # the adapter begins at random
     model = get_peft_model(model, config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # some of DeepSpeed's files want 16 bit, and keep fp32 copies
-            parameter.data = parameter.data.to(getattr(training, "kept_in", torch.float32))
-    lost = {*modules} - {*model.base_model.targeted_module_names} if model_layers else ()
-    check(not lost, f"PEFT puts nothing beside {lost}: name others by --lora_target_modules.")
+    # Some of DeepSpeed's files want 16 bit, and keep copies in fp32.
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data = parameter.data.to(getattr(training, "kept_in", torch.float32))
+    if model_layers:
+        model_layers.check_targets(model, modules)
     return model
 
 
@@ -279,7 +273,6 @@ def save_results(trainer, run):
     memory, reserved = peaks.tolist()
     results = run | {"train_loss": loss, "train_runtime": seconds, "train_tokens_per_second": speed}
     results |= {"steps": count, "peak_memory_gib": memory, "peak_reserved_gib": reserved}
-    results |= {f"train_{name}": value for name, value in steps[-1].items() if "/" in name}
     results |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     trainer.save_metrics("all", results, combined=False)
     speed = f"{count:,} steps, {seconds:,.0f} s, {speed:,.0f} tok/s"

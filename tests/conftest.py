@@ -22,7 +22,8 @@ from transformers import (
 from transformers.models.falcon import modeling_falcon
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "jobs"))  # what the training scripts import from there, tests do, too
+# What the scripts import from jobs, or from what stands beside them, tests do, too.
+sys.path += [str(ROOT / name) for name in ("jobs", "generate_text", "jglue")]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 # The switches that differ between the families; dropout is 0 so that training and evaluation agree exactly.
 CONFIGS = {

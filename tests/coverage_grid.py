@@ -245,7 +245,13 @@ def merge(base, out, load=load):
     words = ["--adapter_name_or_path", out, "--output_dir", merged]
     with contextlib.redirect_stdout(io.StringIO()):
         load_script(ROOT / "finetune_lora" / "merge_lora.py").main(words)
-    return apart("merged", logits(load(merged)), logits(PeftModel.from_pretrained(load(base), out)))
+    adapted = PeftModel.from_pretrained(load(base), out)
+    found, wanted = logits(load(merged)), logits(adapted)
+    torch.manual_seed(0)
+    for weight in adapted.parameters():  # by half the distance of two numbers in fp32
+        weight.data *= 1 + 6e-8 * torch.randn_like(weight)
+    rounding = (logits(adapted) - wanted).abs().max()  # qwen3_next's recurrence multiplies it
+    return "" if (found - wanted).abs().max() < rounding else apart("merged", found, wanted)
 
 
 # ---- Models that are published quantised: written here by hand, number by number ----

@@ -45,6 +45,11 @@ KINDS = {  # file, settings of sentencepiece, tokenizer_config.json, whether BOS
 
 
 @pytest.fixture(scope="session")
+def checker():
+    return load_script(ROOT / "generate_text" / "check_tokenizer.py")
+
+
+@pytest.fixture(scope="session")
 def texts():
     rows = (ROOT / "jglue/sample/datasets").rglob("train*.json")
     found = [
@@ -139,8 +144,8 @@ def test_every_paragraph_of_jsquad(script, kind, tmp_path):
     assert (wrong["old"] == 0) == (kind == "openllama")
 
 
-def test_in_place_and_check(script, repositories, texts, tmp_path, capsys):
-    """In place the old files are kept; --check counts what is lost before, and nothing after."""
+def test_in_place_and_check(script, checker, repositories, texts, tmp_path, capsys):
+    """In place the old files are kept; check_tokenizer.py counts what is lost before, and nothing after."""
     for path in repositories["rinna"].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "mine.jsonl").write_text(
@@ -148,14 +153,14 @@ def test_in_place_and_check(script, repositories, texts, tmp_path, capsys):
     )
     before, check = (
         (tmp_path / "tokenizer_config.json").read_text(),
-        ["--check", str(tmp_path / "mine.jsonl")],
+        ["--text_file", str(tmp_path / "mine.jsonl")],
     )
     old = AutoTokenizer.from_pretrained(tmp_path)
     kept = sum(old.decode(ids_of(old, text)) == text for text in ("東京", "鬱😀", "二  つ"))
     gone = sum(
         c not in old.decode(ids_of(old, text)) for text in ("東京", "鬱😀", "二  つ") for c in text
     )
-    script.main(["--model_name_or_path", str(tmp_path), *check])
+    checker.main(["--model_name_or_path", str(tmp_path), *check])
     out = capsys.readouterr().out
     assert kept < 3
     assert gone >= 2
@@ -163,7 +168,7 @@ def test_in_place_and_check(script, repositories, texts, tmp_path, capsys):
     script.main(["--model_name_or_path", str(tmp_path)])
     assert (tmp_path / "tokenizer_config.json.before_conversion").read_text() == before
     capsys.readouterr()
-    script.main(["--model_name_or_path", str(tmp_path), *check])
+    checker.main(["--model_name_or_path", str(tmp_path), *check])
     out = capsys.readouterr().out
     assert "ids        0 get other ids" in out
     assert "lost       0 do not come back" in out
@@ -187,7 +192,7 @@ def test_a_template_is_copied_not_written_through_a_link(script, repositories, t
     assert new.chat_template == AutoTokenizer.from_pretrained(tmp_path).chat_template
 
 
-def test_any_path(script, repositories, tmp_path, monkeypatch, capsys):
+def test_any_path(script, checker, repositories, tmp_path, monkeypatch, capsys):
     """Every kind of name as model, output and text, absolute and relative, links and `~`."""
     monkeypatch.chdir(tmp_path)
     for name in NAMES:
@@ -200,7 +205,8 @@ def test_any_path(script, repositories, tmp_path, monkeypatch, capsys):
         script.main(["--model_name_or_path", given, "--output_dir", f"./{name}.d/new/{name}/"])
         assert (tmp_path / f"{name}.d" / "new" / name / "tokenizer.json").is_file(), name
         capsys.readouterr()
-        script.main(["--model_name_or_path", str(here), "--check", str(here / f"{name}.JSONL")])
+        file = str(here / f"{name}.JSONL")
+        checker.main(["--model_name_or_path", str(here), "--text_file", file])
         assert "texts      3 in" in capsys.readouterr().out
     (tmp_path / "home").symlink_to("日本語.d")
     (tmp_path / "empty").mkdir()
@@ -237,7 +243,6 @@ SCRIPTS = {
     "add_tokens": "finetune_lastlayer",
     "finetune_lora": "finetune_lora",
     "generate_text": "generate_text",
-    "chat": "generate_text",
 }
 
 
@@ -326,7 +331,7 @@ def test_a_llama_tokenizer_that_does_not_speak_of_bos(repositories, tmp_path, ca
     assert refusal("finetune_full", tmp_path, 700, capsys) == problem
 
 
-def test_bad_input(script, repositories, tmp_path, capsys):
+def test_bad_input(script, checker, repositories, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "pointer").mkdir()
     (tmp_path / "pointer/spiece.model").write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -338,12 +343,19 @@ def test_bad_input(script, repositories, tmp_path, capsys):
         "give --output_dir too": ["somebody/model"],
         "Fetch it first": ["somebody/model", "--output_dir", str(tmp_path / "new")],
         "is not empty": [rinna, "--output_dir", str(tmp_path)],
-        "is not there": [rinna, "--check", "nowhere.txt"],
-        "is not UTF-8": [rinna, "--check", str(tmp_path / "latin")],
+        "Type: python check_tokenizer.py": [rinna, "--check", "a.jsonl"],
+        "is not there": [rinna, "--text_file", "nowhere.txt"],
+        "is not UTF-8": [rinna, "--text_file", str(tmp_path / "latin")],
+        "nothing to compare with": [
+            str(tmp_path / "empty"),
+            "--text_file",
+            str(tmp_path / "latin"),
+        ],
     }
     for message, arguments in cases.items():
         with pytest.raises(SystemExit) as stopped:
-            script.main(["--model_name_or_path", *arguments])
+            tool = checker if "--text_file" in arguments else script
+            tool.main(["--model_name_or_path", *arguments])
         captured = capsys.readouterr()
         assert stopped.value.code == 2, message
         assert message in captured.err, captured.err

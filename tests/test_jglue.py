@@ -23,7 +23,7 @@ JGLUE = ROOT / "jglue"
 SAMPLE = JGLUE / "sample"
 SCRIPTS = {
     name: runpy.run_path(str(JGLUE / f"{name}.py"))
-    for name in ("make_sample", "prepare_jglue", "evaluate_jglue")
+    for name in ("make_sample", "prepare_jglue", "evaluate_jglue", "ask_model")
 }
 TASKS = ("jsquad", "jcommonsenseqa", "jnli", "jsts")
 
@@ -700,11 +700,11 @@ def test_scoring_refuses(prepared, tmp_path, capsys):
     path.write_text(json.dumps(good["jnli"]) + '\n\n{"id": \n')
     assert "line 3 is not JSON" in refusal(capsys, evaluate, "jnli", path)
     path.write_text("3\n")
-    assert "no object" in refusal(capsys, evaluate, "jnli", path)
+    assert "has no text in `generated_text`" in refusal(capsys, evaluate, "jnli", path)
     path.write_text("\n")
     assert "empty" in refusal(capsys, evaluate, "jnli", path)
     path.write_bytes(b"\x83\x65\n")
-    assert "UTF-8" in refusal(capsys, evaluate, "jnli", path)
+    assert "can't decode" in refusal(capsys, evaluate, "jnli", path)
     assert "cannot be read" in refusal(capsys, evaluate, "jnli", tmp_path / "none.jsonl")
     assert "cannot be read" in refusal(capsys, evaluate, "jnli", tmp_path)
     write_lines(path, [good["jnli"]])
@@ -995,12 +995,12 @@ def test_scores_of_choices_where_the_three_differ():
             ([-2.0, -9.0, -2.0], "中立"),  # a tie: the first counts, which is wrong
         )
     ]  # fmt: skip
-    scores = SCRIPTS["evaluate_jglue"]["score_choices"](rows)
+    scores = SCRIPTS["ask_model"]["score_choices"](rows)
     assert scores == {"ties": 1, "acc": 0.2, "acc_norm": 0.2, "acc_per_token": 0.6}
 
 
 def test_intervals():
-    wilson, bootstrap = (SCRIPTS["evaluate_jglue"][name] for name in ("wilson", "bootstrap"))
+    wilson, bootstrap = (SCRIPTS["ask_model"][name] for name in ("wilson", "bootstrap"))
     z = statistics.NormalDist().inv_cdf(0.975)
     for right, count in ((0, 8), (1, 10), (5, 10), (119, 240), (240, 240)):
         share = right / count
@@ -1108,7 +1108,7 @@ def in_process(monkeypatch):
             if end.code:
                 raise
 
-    monkeypatch.setattr(script, "run", run)
+    monkeypatch.setattr(load_script(JGLUE / "ask_model.py"), "run", run)
     return script, done
 
 
@@ -1184,7 +1184,7 @@ def test_evaluation_refuses(prepared, in_process, tmp_path, capsys):
 
 def test_a_script_s_end_is_the_evaluation_s(tmp_path):
     """Its status is passed on; SIGTERM reaches it, and the evaluation waits for it."""
-    run = runpy.run_path(str(JGLUE / "evaluate_jglue.py"))["run"]
+    run = SCRIPTS["ask_model"]["run"]
     child = tmp_path / "child.py"
     for text, status in (("raise SystemExit(75)", 75), ("import os\nos.kill(os.getpid(), 9)", 137)):
         child.write_text(text)
@@ -1200,9 +1200,11 @@ def test_a_script_s_end_is_the_evaluation_s(tmp_path):
         "signal.signal(signal.SIGTERM, end)\nopen('begun', 'w').close()\ntime.sleep(30)\n"
     )
     text = "import pathlib, runpy\nrun = runpy.run_path(%r)['run']\nrun(pathlib.Path(%r))\n"
-    words = [sys.executable, "-c", text % (str(JGLUE / "evaluate_jglue.py"), str(child))]
-    parent = subprocess.Popen(words, cwd=tmp_path)
+    words = [sys.executable, "-c", text % (str(JGLUE / "ask_model.py"), str(child))]
+    env = os.environ | {"PYTHONPATH": str(JGLUE)}
+    parent = subprocess.Popen(words, cwd=tmp_path, env=env)
     while not (tmp_path / "begun").exists():
+        assert parent.poll() is None
         time.sleep(0.05)
     time.sleep(0.1)
     parent.send_signal(signal.SIGTERM)

@@ -6,23 +6,17 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-# Physical lines; whatever is not named here may have 300. The aim for those that are named is
-# 625, 705, 705, 505 and 300: a limit here goes down with each cut, and up only on purpose.
+# Physical lines; whatever is not named here may have 300. A limit goes up only on purpose.
 LIMITS = {
-    "finetune_full/finetune_full.py": 638,
-    "finetune_lora/finetune_lora.py": 725,
-    "finetune_lastlayer/finetune_lastlayer.py": 741,
-    "finetune_dpo/finetune_dpo.py": 331,
-    "generate_text/generate_text.py": 550,
-    "jglue/evaluate_jglue.py": 511,
-    "generate_text/chat.py": 393,
-    "generate_text/convert_tokenizer.py": 330,
-    "finetune_lora/merge_lora.py": 355,
+    "finetune_full/finetune_full.py": 625,
+    "finetune_lora/finetune_lora.py": 705,
+    "finetune_lastlayer/finetune_lastlayer.py": 705,
+    "generate_text/generate_text.py": 505,
 }
 # Lines in which `diff` finds a script other than finetune_full.py: the lesson and little else.
 DIFFERENCES = {
-    "finetune_lora/finetune_lora.py": 120,
-    "finetune_lastlayer/finetune_lastlayer.py": 130,
+    "finetune_lora/finetune_lora.py": 115,
+    "finetune_lastlayer/finetune_lastlayer.py": 115,
 }
 FILES = subprocess.run(
     ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True

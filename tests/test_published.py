@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import families
+import keep_answers
 import pytest
 import seven_grid as grid
 import torch
@@ -311,7 +312,7 @@ def test_padded_prompts(kind, is_exact, models, tmp_path, capsys):
     """Where padding changes an answer, prompts are answered one by one, and a line says so."""
     net, _ = families.load(kind, models[kind])
     net.generation_config.pad_token_id = 0
-    assert ASK.pads_well(net, [40, 50, 60, 70, 80, 90]) == is_exact
+    assert keep_answers.pads_well(net, [40, 50, 60, 70, 80, 90]) == is_exact
     assert families.generate(kind, models[kind], tmp_path) == ""
 
 

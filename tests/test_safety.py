@@ -21,12 +21,12 @@ PATHS = {
     **{name: f"{name}/{name}.py" for name in TRAINING},
     "generate_text": "generate_text/generate_text.py",
     "chat": "generate_text/chat.py",
-    "convert_tokenizer": "generate_text/convert_tokenizer.py",
+    "check_tokenizer": "generate_text/check_tokenizer.py",
     "merge_lora": "finetune_lora/merge_lora.py",
     "show_model": "finetune_lastlayer/show_model.py",
     "add_tokens": "finetune_lastlayer/add_tokens.py",
 }
-READERS = [name for name in PATHS if name not in ("show_model", "convert_tokenizer")]  # of weights
+READERS = [name for name in PATHS if name not in ("show_model", "check_tokenizer")]  # of weights
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ def start(name, model, tmp_path, *more, adapter=None):
         more = (*more, "--prompt", "a", "--max_new_tokens", 2)
     if name == "chat":
         more = (*more, "--max_new_tokens", 2)
-    if name == "convert_tokenizer":
-        more = (*more, "--check", write_jsonl(tmp_path / "t.jsonl", ROWS))
+    if name == "check_tokenizer":
+        more = (*more, "--text_file", write_jsonl(tmp_path / "t.jsonl", ROWS))
     if name == "merge_lora":
         words = ["--adapter_name_or_path", adapter, "--base_model_name_or_path", model]
     if name == "add_tokens":
@@ -139,7 +139,7 @@ def plant(directory, sentinel, kind):
 
 @pytest.fixture(scope="module")
 def with_sentencepiece(tmp_path_factory, checkpoints):
-    """A model that convert_tokenizer.py looks into."""
+    """A model that check_tokenizer.py looks into."""
     import sentencepiece
 
     directory = tmp_path_factory.mktemp("sp") / "model"
@@ -158,7 +158,7 @@ def test_code_beside_a_model(
     tmp_path, checkpoints, with_sentencepiece, base_adapter, sentinel, capsys, name, kind
 ):
     """Of a kind that transformers knows, the code is left alone; of another one, the model is refused."""
-    source = with_sentencepiece if name == "convert_tokenizer" else checkpoints["llama"]
+    source = with_sentencepiece if name == "check_tokenizer" else checkpoints["llama"]
     model = shutil.copytree(source, tmp_path / "model")
     plant(model, sentinel, kind)
     code = start(name, model, tmp_path, adapter=base_adapter)
@@ -166,7 +166,7 @@ def test_code_beside_a_model(
     if code:
         assert kind == "hidden" and "custom code" in error_of(capsys)
     else:
-        assert kind == "llama" or name == "convert_tokenizer"
+        assert kind == "llama" or name == "check_tokenizer"
 
 
 @pytest.mark.parametrize("name", ["finetune_full", "generate_text", "show_model"])
