@@ -47,7 +47,8 @@ try:  # all that is not about preferences
     )
     from script_parts import load_model as load_adapted
 except ModuleNotFoundError as error:
-    print(f"error: {error}. Put `jobs` beside this script's directory.", file=sys.stderr)
+    remedy = "Put `jobs` beside this script's directory; install requirements.txt."
+    print(f"error: {error}. {remedy}", file=sys.stderr)
     sys.exit(2)
 
 # ---- 1. Settings ----

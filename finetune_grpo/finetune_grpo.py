@@ -41,7 +41,8 @@ try:  # all that is not about rewards
         read_rows,
     )
 except ModuleNotFoundError as error:
-    print(f"error: {error}. Put `jobs` beside this script's directory.", file=sys.stderr)
+    remedy = "Put `jobs` beside this script's directory; install requirements.txt."
+    print(f"error: {error}. {remedy}", file=sys.stderr)
     sys.exit(2)
 
 # ---- 1. Settings: the options are those of finetune_lora.py and of TRL ----

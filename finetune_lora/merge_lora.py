@@ -26,7 +26,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
 try:
     from run_common import check, fail, say
 except ModuleNotFoundError as error:
-    print(f"error: {error}. Put `jobs` beside this script's directory.", file=sys.stderr)
+    remedy = "Put `jobs` beside this script's directory; install requirements.txt."
+    print(f"error: {error}. {remedy}", file=sys.stderr)
     sys.exit(2)
 
 IMAGES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
