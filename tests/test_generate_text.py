@@ -1271,3 +1271,15 @@ def test_an_old_note_is_nobody_s(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         keep_answers.claim_output(args, "fp32", [])
     assert "on one node" in capsys.readouterr().err
+
+
+def test_who_waits_for_another_begins_no_batch(tmp_path, monkeypatch):
+    """Its slowest batch would not end before the deadline, but the other's last one may."""
+    now = time.time()
+    args = SimpleNamespace(output_file=str(tmp_path / "out"), rank=0, ranks=2, deadline=now + 40)
+    args.__dict__.update(slowest=55, looked=now)
+    monkeypatch.setattr(keep_answers.time, "sleep", lambda _: keep_answers.tell(args, "end1"))
+    assert keep_answers.wait_for_all(args) == {}
+    args.slowest = 55
+    with pytest.raises(SystemExit):
+        keep_answers.stop_if_asked(args)
