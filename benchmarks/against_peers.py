@@ -64,8 +64,8 @@ def parse(argv):
     add("--lora_r", type=int, default=16, help="rank of the adapters (default 16)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each process")
     add("--repeat", type=int, default=3, help="runs of each way, in turns (default 3)")
-    where = "a new directory, for all that is written (default: output)"
-    add("--output_dir", type=Path, default=Path("output"), help=where)
+    where = "a new directory, for all that is written (default: output/against_peers)"
+    add("--output_dir", type=Path, default=Path("output/against_peers"), help=where)
     args = parser.parse_args(argv)
     for name in ("examples", "rows", "accumulate", "block", "lora_r", "threads", "repeat"):
         check(getattr(args, name) > 0, f"--{name} {getattr(args, name)} is below 1. Raise it.")

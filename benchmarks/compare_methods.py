@@ -111,8 +111,8 @@ def parse(argv):
     add("--repeat", type=int, default=1, help=fastest)
     rank = "rank of the adapters; their size grows with it (default 16)"
     add("--lora_r", type=int, default=16, help=rank)
-    where = "a new directory, for models, results and logs (default: output)"
-    add("--output_dir", type=Path, default=Path("output"), help=where)
+    where = "a new directory, for models, results and logs (default: output/compare_methods)"
+    add("--output_dir", type=Path, default=Path("output/compare_methods"), help=where)
     args = parser.parse_args(argv)
     check_arguments(args)
     try:

@@ -37,8 +37,8 @@ def parse(argv):
     add("--tokens", type=int, default=4096, help="of each run, and 3 steps at least")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each process")
     add("--repeat", type=int, default=2, help="runs of each point, in turns (default 2)")
-    where = "a new directory, for all that is written (default: output)"
-    add("--output_dir", type=Path, default=Path("output"), help=where)
+    where = "a new directory, for all that is written (default: output/growth)"
+    add("--output_dir", type=Path, default=Path("output/growth"), help=where)
     args = parser.parse_args(argv)
     for name in AXES:
         numbers = getattr(args, name).split(",")

@@ -938,7 +938,7 @@ def test_choices_go_on_where_they_stopped(models, tmp_path, monkeypatch):
     assert stop.value.code == 0 and len(calls) == 4
 
 
-def test_choices_refuse(models, tmp_path, capsys):
+def test_choices_refuse(models, tmp_path, capsys, monkeypatch):
     import torch
 
     cases = {
@@ -962,6 +962,10 @@ def test_choices_refuse(models, tmp_path, capsys):
     assert "is no file" in refusal(capsys, choose, models["gpt2"], tmp_path / "no", tmp_path / "o")
     good = write_lines(tmp_path / "good.jsonl", CHOICE_ROWS)
     assert "Choose another" in refusal(capsys, choose, models["gpt2"], good, good)
+    with monkeypatch.context() as patch:  # as a tokenizer without the characters does
+        patch.setattr(load_script(JGLUE / "score_choices.py"), "encode_choice", lambda *_: [5])
+        words = (capsys, choose, models["gpt2"], good, tmp_path / "o.jsonl")
+        assert "two choices have the same" in refusal(*words)
     words = (capsys, choose, models["gpt2"], good, tmp_path / "o.jsonl", "--batch_size=0")
     assert "--batch_size must be 1" in refusal(*words)
     # Weights that overflow give no numbers: without a word the first choice would always win.
@@ -990,13 +994,16 @@ def test_scores_of_choices_where_the_three_differ():
         for sums, right in (
             ([-3.0, -4.0, -6.0], "含意"),  # by characters -1.5 -1.0 -3.0, by tokens -1.5 -1.33 -1.0
             ([-3.0, -4.0, -6.0], "矛盾する"),
+            ([-3.0, -4.0, -6.0], "矛盾する"),
+            ([-3.0, -4.0, -6.0], "中立"),
+            ([-3.0, -4.0, -6.0], "中立"),
             ([-3.0, -4.0, -6.0], "中立"),
             ([-3.0, -4.0, -6.0], "中立"),
             ([-2.0, -9.0, -2.0], "中立"),  # a tie: the first counts, which is wrong
         )
     ]  # fmt: skip
     scores = SCRIPTS["ask_model"]["score_choices"](rows)
-    assert scores == {"ties": 1, "acc": 0.2, "acc_norm": 0.2, "acc_per_token": 0.6}
+    assert scores == {"ties": 1, "acc": 0.125, "acc_norm": 0.25, "acc_per_token": 0.625}
 
 
 def test_intervals():
