@@ -65,7 +65,7 @@ def make_inputs(args, folder):
     run(ROOT / "tiny_model/make_tiny_model.py", "--text_file", few, "--output_dir", model,
         "--model_type", "llama", "--vocab_size", 510, "--hidden_size", 64,
         "--num_hidden_layers", 1, "--num_attention_heads", 4)  # fmt: skip
-    given = [json.loads(line) for line in few.read_text("utf-8").splitlines()]
+    given = [json.loads(line) for line in few.read_text("utf-8").strip().split("\n")]
     draw = random.Random(0)
     with data.open("w", encoding="utf-8") as file:
         for number in range(args.rows):

@@ -89,9 +89,9 @@ def make_inputs(args, folder):
             "--num_hidden_layers", 6, "--num_attention_heads", 6,
             "--initializer_range", 0.1)  # fmt: skip
     if args.prompt_file:
-        given = args.prompt_file.read_text("utf-8").splitlines()[: args.prompts]
+        given = read_lines(args.prompt_file)[: args.prompts]
     else:
-        texts = [json.loads(line)["prompt"] for line in rows.read_text("utf-8").splitlines()]
+        texts = [json.loads(line)["prompt"] for line in read_lines(rows)]
         parts = [draw.choice(texts)[-draw.randrange(20, 250) :] for _ in range(args.prompts)]
         given = [json.dumps({"prompt": part}, ensure_ascii=False) for part in parts]
     prompts.write_text("\n".join(given) + "\n", "utf-8")
@@ -108,8 +108,13 @@ def answer(args, way, model, prompts, out):
     else:
         text, peak = run(SCRIPT, *words, "--batch_size", way)
     speed = re.findall(r" ([\d,]+) tok/s", text)[-1]
-    answers = [json.loads(line)["generated_text"] for line in out.read_text("utf-8").splitlines()]
+    answers = [json.loads(line)["generated_text"] for line in read_lines(out)]
     return {"speed": int(speed.replace(",", "")), "mib": peak, "answers": answers}
+
+
+def read_lines(path):
+    """The lines of JSON Lines: splitlines() also cuts at characters that JSON may hold."""
+    return [line for line in path.read_text("utf-8").split("\n") if line.strip()]
 
 
 def answer_continuously(args):

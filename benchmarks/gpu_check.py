@@ -222,7 +222,7 @@ class Bench:
             self.work,
         ]
         self.run([ROOT / "jglue/prepare_jglue.py", *sample])
-        rows = self.data.read_text("utf-8").splitlines()
+        rows = self.data.read_text("utf-8").strip().split("\n")
         for file, count in ((self.prompts, 24), (self.few_prompts, 8), (self.many_prompts, 128)):
             if file != self.prompts or count == 24:
                 file.write_text("\n".join((rows * 9)[:count]) + "\n", "utf-8")
