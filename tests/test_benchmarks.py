@@ -242,3 +242,11 @@ def test_bad_input_with_a_task(tmp_path, capsys, options, words):
     error = capsys.readouterr().err
     assert (stop.value.code, error.count("\n")) == (2, 1)
     assert words in error
+
+
+def test_json_lines_end_at_line_ends_alone(tmp_path):
+    """A random model's answers hold characters at which str.splitlines() cuts, too."""
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"a": "\u2028\x85"}\n{"a": ""}\n', "utf-8")
+    lines = load_script(SCRIPT.with_name("generation.py")).read_lines(file)
+    assert [json.loads(line)["a"] for line in lines] == ["\u2028\x85", ""]
