@@ -33,7 +33,9 @@ def main(argv=None):
     model_layers = layers
     if layers:  # what text does not pass is not trained
         layers.freeze_beside_text(model)
-    check(layers or not args.method, "--method lora needs `jobs` beside this script's directory.")
+    is_alone = not layers and (args.method or args.train == "last_block")
+    problem = "--method lora and --train last_block need `jobs` beside this script's directory."
+    check(not is_alone, problem)
     chosen = choose_parameters(model, args.train) if args.train else []
     if args.method == "lora":
         names = {name for name, _ in model.named_modules()}
@@ -170,7 +172,6 @@ def choose_parameters(model, train):
     parts = {"last_layer": [head], "input_output": [embedding, head]}
     parts["new_tokens"] = parts["input_output"]
     if train == "last_block":
-        check(model_layers, "--train last_block: put `jobs` beside this directory, or type names.")
         parts["last_block"] = [head, *model_layers.last_block(model)]
     if train in parts:
         starts = tuple(f"{part}." for part in parts[train])
