@@ -182,6 +182,7 @@ def prepare_embeddings(model, saved, tokens):
 
 def write(args, adapter, base, model, tokenizer, dtype, ids):
     """Cast the model, write it, read it back; return both logits. What is wrong does not stay."""
+    from keep_run import tell_tokenizer
     from transformers import GenerationConfig
     from transformers.utils import cached_file
 
@@ -211,6 +212,8 @@ def write(args, adapter, base, model, tokenizer, dtype, ids):
         # config.json, which makes it a model, comes last.
         for path in sorted(Path(written).iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(Path(args.output_dir, path.name))
+    with suppress(Exception):  # a note must not cost the result
+        tell_tokenizer(Path(args.output_dir))
     return cast, reloaded
 
 

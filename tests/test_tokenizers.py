@@ -194,6 +194,16 @@ def test_what_the_readme_says(kind, method, is_told, made, tmp_path):
     right = [is_right(load.from_pretrained(out), made["digits by three"]) for load in loads]
     assert right == [not is_told, True]
     assert (method == "lora") == ("library_name: peft" in text)
+    if method == "lora":  # merged, it is a model of that type again
+        words = ["--adapter_name_or_path", str(out), "--output_dir", str(tmp_path / "merged")]
+        load_script(ROOT / "finetune_lora" / "merge_lora.py").main(words)
+        text = (tmp_path / "merged" / "README.md").read_text()
+        assert text.count("PreTrainedTokenizerFast.from_pretrained(DIR)") == 1
+        right = [
+            is_right(load.from_pretrained(tmp_path / "merged"), made["digits by three"])
+            for load in loads
+        ]
+        assert right == [False, True]
 
 
 def grid(folder, wanted):
