@@ -349,10 +349,8 @@ def answer_file(args, model, tokenizer, rows, prompts):
     if keep_answers:
         keep_answers.finish(args, rows, answers)  # of all processes
     else:
-        new, answered = (
-            Path(f"{args.output_file}.tmp"),
-            [r | answers[i] for i, r in enumerate(rows)],
-        )
+        new = Path(f"{args.output_file}.tmp")
+        answered = [row | answers[i] for i, row in enumerate(rows)]
         with new.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in answered)
         new.replace(args.output_file)

@@ -77,8 +77,7 @@ def describe(args, precision, prompts):
     """What decides the answers: arguments, prompts, and the files of the model."""
     text = Path(args.prompt_file).read_bytes() + json.dumps(prompts).encode()
     settings = vars(args) | {"precision": precision, "prompts": hashlib.sha256(text).hexdigest()}
-    free = ["device_map", "prompt_file", "output_file", "deadline", "rank", "ranks", "slowest"]
-    free.append("looked")
+    free = "device_map prompt_file output_file deadline rank ranks slowest looked".split()
     if precision == "fp32" and not args.do_sample:  # in 16 bit, near ties can hang on the batch
         free.append("batch_size")
     settings |= dict.fromkeys(free)  # they change no answer
@@ -173,10 +172,8 @@ def stop_if_asked(args, done=""):
             why = f"DEADLINE {time.ctime(until)}"
         tell(args, "stop", why)
         file.unlink(missing_ok=True)
-        what = (
-            f"{done + '; ' if done else ''}to go on, type the same command or submit the same job"
-        )
-        note("stopped", f"by {why}; {what}")
+        what = "to go on, type the same command or submit the same job"
+        note("stopped", "; ".join(filter(None, [f"by {why}", done, what])))
         raise SystemExit(0 if "RUN_RANKS" in os.environ else 75)
 
 

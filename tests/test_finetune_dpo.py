@@ -3,6 +3,8 @@ what is saved and resumed.
 """
 
 import dataclasses
+import importlib
+import inspect
 import json
 import os
 import shutil
@@ -499,3 +501,11 @@ def test_two_processes_learn_what_one_learns(script, checkpoints, pairs_file, tm
     scripts = [described["file"] for described in run["data"] if described["use"] == "script"]
     parts = ["model_text.py", "script_parts.py", "pair_trainer.py"]  # what it is trained by
     assert (run["versions"]["trl"], scripts) == ("1.16.0", [SCRIPT.name, *parts])
+
+
+@pytest.mark.parametrize("name", ["_get_train_sampler", "_maybe_log_save_evaluate"])
+def test_what_is_as_in_the_other_scripts(name):
+    """Methods have no marks that are compared: the order of rows and when to log must not drift."""
+    full = load_script(ROOT / "finetune_full" / "finetune_full.py").FineTuner
+    own = importlib.import_module("pair_trainer").FineTuner
+    assert inspect.getsource(getattr(own, name)) == inspect.getsource(getattr(full, name))
