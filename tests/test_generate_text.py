@@ -526,7 +526,9 @@ def test_chat_copied_out(tmp_path, capsys, monkeypatch, checkpoints):
     shutil.copy(CHAT, tmp_path)
     for name in ("generate_text", "chat", "finetune_full", "keep_answers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if str(ROOT) + "/" not in path])
+    ours = {str(ROOT), *map(str, ROOT.glob("*"))}
+    elsewhere = [path for path in sys.path if path not in ours]  # .venv may lie inside ROOT
+    monkeypatch.setattr(sys, "path", elsewhere)
     monkeypatch.setattr(sys, "stdin", io.StringIO("空\n"))
     words = ["--model_name_or_path", checkpoints["gpt2"], "--max_new_tokens", "3"]
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "chat.py"), *words])
@@ -536,7 +538,8 @@ def test_chat_copied_out(tmp_path, capsys, monkeypatch, checkpoints):
     assert "chat.py needs generate_text.py beside it" in capsys.readouterr().err
     shutil.copy(SCRIPT, tmp_path)
     sys.modules.pop("generate_text", None)  # the directory, which is no module
-    monkeypatch.syspath_prepend(tmp_path)
+    # Not syspath_prepend: undone last, it would leave the path as it is here to all later tests.
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *elsewhere])
     runpy.run_path(sys.argv[0], run_name="__main__")
     assert sys.modules.pop("generate_text").keep_answers is None
     out, report = capsys.readouterr()
