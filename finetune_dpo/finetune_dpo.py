@@ -102,12 +102,12 @@ def make_examples(source, tokenizer, max_length, form=None):
     """Yield all pairs, prompt + chosen + prompt + rejected, each with its outcome."""
     for place, row in read_rows(source):
         try:
-            found, pair = format_row(row, tokenizer)
+            found, pair = format_row(*keep_run.plain(row, tokenizer))
             both = [encode(pieces, tokenizer) for pieces in pair]
         except Exception as error:  # a template can raise anything
             fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
         if not form and found == "messages" and turn_end_id(tokenizer) is None:
-            fail("the chat template ends answers with no special token to stop at.")
+            fail("the chat template shows no answer, or no special token to stop at behind it.")
         form = form or found
         check(found == form, f"{place}: a row of another form ({found}) than before ({form}).")
         prompts = [[i for i, label in zip(*one, strict=True) if label == -100] for one in both]
@@ -243,8 +243,7 @@ def parse(argv):
     parser.error = keep_run.refuse if keep_run else fail  # one line, not 200 of usage
     parser.set_defaults(**DEFAULTS, do_train=True)
     words = list(sys.argv[1:] if argv is None else argv)
-    if keep_run:
-        words = keep_run.read_words(words)  # a settings file such as run_args.yaml, ~
+    words = keep_run.read_words(words) if keep_run else words  # a file such as run_args.yaml, ~
     values = vars(parser.parse_args(words))
     defaults = vars(parser.parse_args(["--model_name_or_path", ""]))
     given = {name: value for name, value in values.items() if value != defaults[name]}

@@ -129,7 +129,7 @@ def load_data(script, training, tokenizer, max_length):
     rows, prompts, lost, form = [], [], 0, None
     for place, row in read_rows(source):
         try:
-            found, ids = prompt_of(row, tokenizer)
+            found, ids = prompt_of(*keep_run.plain(row, tokenizer))
         except Exception as error:  # a template can raise anything
             fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
         form = form or found
@@ -140,7 +140,7 @@ def load_data(script, training, tokenizer, max_length):
             prompts.append({"prompt": ids, "number": len(rows)})
             rows.append((place, row))
     if form != "prompt" and turn_end_id(tokenizer) is None:
-        fail("the chat template ends answers with no special token to stop at.")
+        fail("the chat template shows no answer, or no special token to stop at behind it.")
     check(tokenizer.eos_token_id is not None, "the tokenizer has no EOS token for answers to end.")
     check(prompts, f"{', '.join(map(str, source))}: no prompt within {room} tokens.")
     tokens, limit = sum(len(p["prompt"]) for p in prompts), training.max_completion_length
@@ -207,8 +207,7 @@ def parse(argv):
     parser.error = keep_run.refuse if keep_run else fail  # one line, not 200 of usage
     parser.set_defaults(**DEFAULTS, do_train=True)
     words = list(sys.argv[1:] if argv is None else argv)
-    if keep_run:
-        words = keep_run.read_words(words)  # a settings file such as run_args.yaml, ~
+    words = keep_run.read_words(words) if keep_run else words  # a file such as run_args.yaml, ~
     values = vars(parser.parse_args(words))
     defaults = vars(parser.parse_args(["--model_name_or_path", ""]))
     given = {name: value for name, value in values.items() if value != defaults[name]}

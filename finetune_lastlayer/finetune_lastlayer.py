@@ -93,7 +93,6 @@ CHAT_TEMPLATE = r"""
 """
 IDS, NUMBER, TEXT = List(Value("int32")), Value("int32"), Value("string")
 COLUMNS = Features(input_ids=IDS, labels=IDS, length=NUMBER, form=TEXT, outcome=TEXT)
-# Columns with content that no form takes; a row with one is refused, not learned without it.
 UNUSED = "system history tools chosen rejected thinking reasoning reasoning_content".split()
 
 
@@ -185,12 +184,13 @@ def make_examples(source, tokenizer, max_length, form=None):
     first = leading_ids(tokenizer)
     for place, row in read_rows(source):
         try:
-            found, examples = format_row(row, tokenizer)
+            row, render = keep_run.plain(row, tokenizer) if keep_run else (row, tokenizer)
+            found, examples = format_row(row, render)
             encoded = [(pieces, *encode(pieces, tokenizer, first)) for pieces in examples]
         except Exception as error:  # a template can raise anything
             fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
         if not form and found in ("messages", "instruction") and turn_end_id(tokenizer) is None:
-            fail("the chat template ends answers with no special token to stop at.")
+            fail("the chat template shows no answer, or no special token to stop at behind it.")
         form = form or found
         check(found == form, f"{place}: a row of another form ({found}) than before ({form}).")
         for pieces, ids, labels in encoded:
@@ -289,6 +289,7 @@ def choose_parameters(model, train):
     parts = {"last_layer": [head], "input_output": [embedding, head]}
     parts["new_tokens"] = parts["input_output"]
     if train == "last_block":
+        check(model_layers, "--train last_block needs `jobs` beside this script's directory.")
         parts["last_block"] = [head, *model_layers.last_block(model)]
     if train in parts:
         starts = tuple(f"{part}." for part in parts[train])
@@ -340,8 +341,6 @@ def main(argv=None):
     datasets.disable_progress_bars()
     try:
         script, training, given = parse(argv)
-        known = model_layers or script.train != "last_block"
-        check(known, "--train last_block needs `jobs` beside this script's directory.")
         resume, run = find_run(script, training, given)
         if model_layers:
             model_layers.check_part(script, training, choose_parameters)
@@ -457,8 +456,7 @@ def parse(argv):
     parser.error = keep_run.refuse if keep_run else fail  # one line, not 200 of usage
     parser.set_defaults(**DEFAULTS, do_train=True)
     words = list(sys.argv[1:] if argv is None else argv)
-    if keep_run:
-        words = keep_run.read_words(words)  # a settings file such as run_args.yaml, ~
+    words = keep_run.read_words(words) if keep_run else words  # a file such as run_args.yaml, ~
     values = vars(parser.parse_args(words))
     defaults = vars(parser.parse_args(["--model_name_or_path", ""]))
     given = {name: value for name, value in values.items() if value != defaults[name]}
@@ -493,10 +491,10 @@ def find_run(script, training, given):
     if keep_run:
         return keep_run.find_run(script, training, given, __file__)
     output_dir, remedy = Path(training.output_dir), "put `jobs` beside this script's directory"
-    asked = {training.resume_from_checkpoint, training.deepspeed, training.load_best_model_at_end}
-    asked = (asked | {script.early_stopping_patience}) - {None, False}
+    asked = training.resume_from_checkpoint or training.deepspeed or training.load_best_model_at_end
     is_new = not output_dir.exists() or not [*output_dir.iterdir()]
     check(is_new, f"{output_dir} is not empty. Choose another --output_dir; to go on, {remedy}.")
+    asked = asked or script.early_stopping_patience
     check(not asked, f"to resume, to keep the best model, or for DeepSpeed, {remedy}.")
     say("alone", f"once cut off, this run cannot go on, nor does it stop in time: {remedy}")
     return None, {}
@@ -530,6 +528,8 @@ def load_tokenizer(script):
     name, remote = script.model_name_or_path, {"trust_remote_code": script.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(name, **remote).get_text_config()
     tokenizer = exact_tokenizer(name, config.vocab_size, say, **remote)
+    if keep_run:  # it may stand in another file, or take lists of parts alone
+        keep_run.find_template(name, tokenizer, say)
     choose_chat_template(script.chat_template, tokenizer, script.chat_template_kwargs)
     limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 10**9)
     length = min(1024, limit) if script.max_length is None else script.max_length
@@ -559,10 +559,11 @@ def choose_chat_template(name, tokenizer, values="{}"):
 
 def turn_end_id(tokenizer):
     """The special token that ends an assistant's turn in the chat template, or None."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes!"}]
     labels = []
     with suppress(Exception):  # a template may not take these turns, and rows may need none
-        labels = encode(chat_pieces(turns, tokenizer)[0], tokenizer)[1]
+        pieces = chat_pieces(turns, tokenizer)[0]
+        labels = encode(pieces, tokenizer)[1] if "yes!" in pieces[-1][0] else []
     # all_special_ids has only those with a role, such as eos_token; Gemma's <end_of_turn> has none.
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added.union(tokenizer.all_special_ids)

@@ -172,6 +172,7 @@ def choose_parameters(model, train):
     parts = {"last_layer": [head], "input_output": [embedding, head]}
     parts["new_tokens"] = parts["input_output"]
     if train == "last_block":
+        check(model_layers, "--train last_block needs `jobs` beside this script's directory.")
         parts["last_block"] = [head, *model_layers.last_block(model)]
     if train in parts:
         starts = tuple(f"{part}." for part in parts[train])

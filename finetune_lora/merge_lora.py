@@ -22,29 +22,28 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
-try:
-    from run_common import check, fail, say
-except ModuleNotFoundError as error:
-    remedy = "Put `jobs` beside this script's directory; install requirements.txt."
-    print(f"error: {error}. {remedy}", file=sys.stderr)
-    sys.exit(2)
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, TokenizersBackend
+from transformers.utils import logging
 
-IMAGES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))  # for notes alone
+# What else belongs to a model: its tokenizer, as it stands, and what it shows images with.
+TOKENIZER = "*token* vocab* merges.txt *.model *.tiktoken *.jinja chat_template*".split()
+IMAGES = ["*processor_config.json"]
 
 
 def main(argv=None):
     args = parse(argv)
     check_output(args)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess and warn
-    from transformers.utils import logging  # from here on it takes seconds
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        adapter = find_adapter(args)
+        adapter = local(args.adapter_name_or_path)
         base, dtype = find_base(args, adapter)
-        model, tokenizer, ids, alone = load_model(args, adapter, base)
+        model, ids, alone = load_model(args, adapter, base)
         wanted = logits_of(model, ids)
         check(wanted.isfinite().all(), f"the adapter lacks rows for tokens that {base} lacks.")
         with warnings.catch_warnings(action="ignore"):
@@ -52,7 +51,7 @@ def main(argv=None):
         merged = logits_of(model, ids)
         check_same("the merged model", merged, wanted)
         size, tied = model.num_parameters(), "tied" if is_tied(model) else "untied"
-        cast, reloaded = write(args, adapter, base, model, tokenizer, dtype, ids)
+        cast, reloaded = write(args, adapter, base, model, dtype, ids)
     except Exception as error:  # damaged files can raise anything
         why = error if " " in str(error) else repr(error)
         fail(f"{args.adapter_name_or_path} cannot be merged: {why}")
@@ -77,23 +76,16 @@ def main(argv=None):
 # ---- What is merged ----
 
 
-def find_adapter(args):
-    """The directory of the adapter; of a hub name, the local copy."""
-    name = args.adapter_name_or_path
-    if not Path(name).is_dir():
-        from huggingface_hub import snapshot_download
-
-        name = snapshot_download(name)
-    kind = json.loads(Path(name, "adapter_config.json").read_text("utf-8"))["peft_type"]
-    check(kind == "LORA", f"the adapter in {name} is of the kind {kind}; only LORA can be merged.")
-    return Path(name)
+def local(name, patterns=None):
+    """The directory of this name; of a hub name, the local copy of its files (of these)."""
+    return Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=patterns))
 
 
 def find_base(args, adapter):
     """Return (base, dtype to write); says which base it is, and which one was trained on."""
-    from transformers import AutoConfig
-
     settings = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    kind = settings["peft_type"]
+    check(kind == "LORA", f"{adapter} is of the kind {kind}; only LORA can be merged.")
     record = settings.get("base_model_name_or_path") or "?"
     places = [Path(place, record) for place in (".", adapter, adapter.absolute().parent)]
     found = next((str(place) for place in places if place.is_dir()), record)
@@ -104,9 +96,7 @@ def find_base(args, adapter):
         problem = f"its base {base} is not here. Say where: --base_model_name_or_path."
         fail(f"{args.adapter_name_or_path} cannot be merged: {problem} ({error})")
     stored = getattr(config, "quantization_config", {}).get("quant_method")
-    problem = (
-        f"the base {base} is stored quantised ({stored}): merging would round the adapter away"
-    )
+    problem = f"the base {base} is stored quantised ({stored}): that would round the adapter away"
     is_good = stored in (None, "mxfp4", "fp8", "mxfp8", "compressed-tensors")  # can be unpacked
     check(is_good, f"{problem}. Give it in full precision with --base_model_name_or_path.")
     say("base", f"{base}; the adapter was trained on {record}")
@@ -117,15 +107,14 @@ def find_base(args, adapter):
 
 def load_base(args, name):
     """A model in fp32 on the CPU; one that lacks weights is refused."""
-    from model_layers import auto_class
-    from transformers import AutoConfig
-
     options = {"trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(name, **options)
     if stored := getattr(config, "quantization_config", None):
         stored["dequantize"] = True
     options |= {"config": config, "dtype": "float32", "output_loading_info": True}
-    model, info = auto_class(config).from_pretrained(name, **options)
+    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    load = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    model, info = load.from_pretrained(name, **options)
     if stored:
         model._weight_conversions = None  # it would write them packed again, or by other names
     missing = sorted(info["missing_keys"])[:3]
@@ -134,34 +123,41 @@ def load_base(args, name):
 
 
 def load_model(args, adapter, base):
-    """Return (base + adapter in fp32, tokenizer, ids to try it on, the base's logits)."""
-    import torch
-    from model_text import exact_tokenizer
+    """Return (base + adapter in fp32, ids to try it on, the base's logits)."""
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    remote = {"trust_remote_code": args.trust_remote_code}
     model, saved = load_base(args, base), load_peft_weights(str(adapter), device="cpu")
-    say_rounding(adapter, model)
-    rows = len(model.get_input_embeddings().weight)
-    tokenizer = exact_tokenizer(base, rows, say, **remote)
+    with suppress(ModuleNotFoundError):  # notes need `jobs`
+        from model_layers import say_rounding
+
+        say_rounding(adapter, model)
+    rows, vocabulary = len(model.get_input_embeddings().weight), read_vocabulary(args, base)
     if (adapter / "tokenizer_config.json").is_file():  # it may have new tokens besides
-        known = tokenizer.get_vocab().items()
-        tokenizer = exact_tokenizer(str(adapter), rows, say, grown=True, **remote)
-        check(known <= tokenizer.get_vocab().items(), f"{base} has another vocabulary than it.")
+        known, vocabulary = vocabulary, read_vocabulary(args, str(adapter))
+        check(known.items() <= vocabulary.items(), f"{base} has another vocabulary than it.")
+    tokens = max(vocabulary.values()) + 1
     ids = torch.randint(rows, (2, 16), generator=torch.Generator().manual_seed(0))
     alone = logits_of(model, ids)
-    prepare_embeddings(model, saved, len(tokenizer))
+    prepare_embeddings(model, saved, tokens)
     with warnings.catch_warnings(action="ignore"):
         warnings.filterwarnings("error", ".*missing adapter keys")
         model = PeftModel.from_pretrained(model, adapter).eval()
     known = {*get_peft_model_state_dict(model, save_embedding_layers=False), *model.state_dict()}
     unknown = sorted(saved.keys() - known)[:3]
-    check(
-        not unknown, f"{args.adapter_name_or_path} does not fit on {base}, which lacks {unknown}."
-    )
-    new = torch.arange(rows, len(tokenizer)).expand(2, -1)[:, -16:]
-    return model, tokenizer, torch.cat([ids, new], 1), alone
+    problem = f"{args.adapter_name_or_path} does not fit on {base}, which lacks {unknown}."
+    check(not unknown, problem)
+    new = torch.arange(rows, max(rows, tokens)).expand(2, -1)[:, -16:]
+    return model, torch.cat([ids, new], 1), alone
+
+
+def read_vocabulary(args, name):
+    """{token: id} of a tokenizer; which ids its class gives a text does not matter here."""
+    remote = {"trust_remote_code": args.trust_remote_code}
+    try:
+        return AutoTokenizer.from_pretrained(name, **remote).get_vocab()
+    except TypeError:  # a class may not even take in the file
+        return TokenizersBackend.from_pretrained(name, **remote).get_vocab()
 
 
 def prepare_embeddings(model, saved, tokens):
@@ -180,13 +176,8 @@ def prepare_embeddings(model, saved, tokens):
         model.config.tie_word_embeddings = False
 
 
-def write(args, adapter, base, model, tokenizer, dtype, ids):
+def write(args, adapter, base, model, dtype, ids):
     """Cast the model, write it, read it back; return both logits. What is wrong does not stay."""
-    from keep_run import tell_tokenizer
-    from transformers import GenerationConfig
-    from transformers.utils import cached_file
-
-    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     if (adapter / "generation_config.json").is_file():  # with the tokens that end an answer
         model.generation_config = GenerationConfig.from_pretrained(adapter)
     for parameter in model.parameters():
@@ -194,15 +185,10 @@ def write(args, adapter, base, model, tokenizer, dtype, ids):
         parameter.data = getattr(parameter.data, kind)()
     with tempfile.TemporaryDirectory(prefix="partial-", dir=args.output_dir) as written:
         model.save_pretrained(written)
-        tokenizer.save_pretrained(written)
+        copy_files(adapter, base, Path(written))
         os.umask(mask := os.umask(0))
         for path in Path(written).glob("*.safetensors"):
             path.chmod(0o666 & ~mask)  # safetensors writes for the owner only
-        # transformers reads these, and writes tokenizer.json alone; and what it shows images with.
-        for name in ("tokenizer.model", "spiece.model", *IMAGES):
-            own = adapter if (adapter / name).is_file() else base
-            if source := cached_file(str(own), name, **dict.fromkeys(quiet, False)):
-                shutil.copy(source, Path(written, name))
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
         cast = logits_of(model, ids)
@@ -213,23 +199,22 @@ def write(args, adapter, base, model, tokenizer, dtype, ids):
         for path in sorted(Path(written).iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(Path(args.output_dir, path.name))
     with suppress(Exception):  # a note must not cost the result
+        from keep_run import tell_tokenizer
+
         tell_tokenizer(Path(args.output_dir))
     return cast, reloaded
 
 
-def say_rounding(adapter, model):
-    """Say so where the run that made the adapter, or this checkpoint of it, rounded the base."""
-    run = adapter.absolute()
-    record = (run.parent if run.name.startswith("checkpoint-") else run) / "run_args.yaml"
-    text, kinds = record.read_text("utf-8") if record.is_file() else "", {}
-    for name, dtype in {"bf16": "bfloat16", "fp16": "half"}.items():
-        if f"precision: {name}" in text:  # what does not change was published in as few bits
-            weights = [weight for weight in model.parameters() if weight.is_floating_point()]
-            kinds[name] = any((getattr(w, dtype)().float() != w).any() for w in weights)
-    kinds |= {f"{bits} bit": f"load_in_{bits}bit: true" in text for bits in (8, 4)}
-    if coarse := [kind for kind, is_rounded in kinds.items() if is_rounded]:
-        why = f"trained on the base in {coarse[-1]}, whose rounding is gone now"
-        say("note", f"{why}: score it anew")
+def copy_files(adapter, base, target):
+    """Copy the tokenizer and what shows images: the adapter's own, the base's where it has none."""
+    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+    # Besides its tokenizer.json, some classes read the base's sentencepiece file.
+    rest = ["tokenizer.model", "spiece.model"] if has_tokenizer else TOKENIZER
+    for source, patterns in ((adapter, TOKENIZER + IMAGES), (base, rest + IMAGES)):
+        directory = local(source, patterns)
+        for file in [file for pattern in patterns for file in directory.glob(pattern)]:
+            if file.is_file() and not (target / file.name).exists():
+                shutil.copyfile(file, target / file.name)
 
 
 # ---- Comparing ----
@@ -237,8 +222,6 @@ def say_rounding(adapter, model):
 
 def logits_of(model, ids):
     """Logits of token ids, shape (rows, tokens, vocabulary)."""
-    import torch
-
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
 
@@ -284,6 +267,26 @@ def check_output(args):
         output.mkdir(parents=True, exist_ok=True)
         is_free = os.access(output, os.W_OK) and not any(output.iterdir())
     check(is_free, f"--output_dir {output} must be empty, and yours to write. Choose another.")
+
+
+# Copied from finetune_full/finetune_full.py
+def say(name, text):
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name:<11}{text}", flush=True)
+
+
+# Copied from generate_text/generate_text.py
+def fail(message):
+    text = " ".join(str(message).split())[:600]
+    text += " Accept its licence there, then type: hf auth login" if "gated repo" in text else ""
+    print("error:", text, file=sys.stderr)
+    raise SystemExit(2)
+
+
+# Copied from finetune_full/finetune_full.py
+def check(condition, message):
+    if not condition:
+        fail(message)
 
 
 # Copied from generate_text/generate_text.py

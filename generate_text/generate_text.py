@@ -22,6 +22,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
+from pyarrow.parquet import ParquetFile
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.models.falcon import modeling_falcon
 from transformers.utils.logging import disable_progress_bar
@@ -142,8 +143,6 @@ def leading_ids(tokenizer):
 def read_file(file):
     """The rows of JSON Lines (unread), JSON and Parquet; of other files, a prompt a line."""
     if file.lower().endswith(".parquet"):
-        from pyarrow.parquet import ParquetFile
-
         return ParquetFile(file).read().to_pylist()
     text = Path(file).read_text("utf-8-sig")
     start = "".join(text[:999].split())
@@ -165,7 +164,8 @@ def read_prompts(args, tokenizer):
                 continue
             row = json.loads(row) if isinstance(row, str) else row
             check(isinstance(row, dict), f"{place}: a row must be an object.")
-            found, ids = encode_prompt(row, tokenizer)
+            given = keep_answers.plain(row, tokenizer) if keep_answers else (row, tokenizer)
+            found, ids = encode_prompt(*given)
             form = form or found
             check(found == form, f"{place}: another form ({found}) than the rows before ({form}).")
             check(ids, f"{place}: the prompt is empty, there is nothing to answer.")
@@ -192,6 +192,8 @@ def load_tokenizer(args):
         # An adapter may bring rows for new tokens.
         tokenizer = exact_tokenizer(name, config.vocab_size, note, grown=True, **remote)
         check(known <= tokenizer.get_vocab().items(), f"{args.base} has another vocabulary.")
+    if keep_answers:  # it may stand in another file, or take lists of parts alone
+        keep_answers.find_template(name, tokenizer, note)
     choose_chat_template(args.chat_template, tokenizer, args.chat_template_kwargs)
     limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0)
     args.positions = limit or sys.maxsize
@@ -239,8 +241,9 @@ def set_generation(args, model, tokenizer, is_chat):
     """Say how to choose tokens and where to stop; of the model's own settings no more is kept."""
     ends = {tokenizer.eos_token_id, tokenizer.get_added_vocab().get("### End")}  # Dolly's
     if is_chat:  # what ends an answer in the template: the last special token behind the prompt
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes!"}]
         answer = tokenizer.apply_chat_template(turns, tokenize=False)
+        check("yes!" in answer, "the chat template shows no answer. Another: --chat_template FILE.")
         answer = answer.removeprefix(chat_texts(turns, tokenizer)[0])
         # all_special_ids has only those with a role: not Gemma's <end_of_turn>.
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -276,12 +279,11 @@ def main(argv=None):
         elif args.prompt_file:
             found = [file for end in ("", ".tmp") if Path(file := args.output_file + end).exists()]
             check(not found, f"{', '.join(found)} would be replaced: move it, or choose another.")
-            what = "once cut off, this cannot go on, and each prompt is answered by itself"
-            note("alone", f"{what}: `jobs` is not beside this directory")
+            note("alone", "`jobs` is not beside this: once cut off, it cannot go on; one by one")
         model = load_model(args, precision, tokenizer)
         set_generation(args, model, tokenizer, is_chat=form != "prompt")
     except Exception as error:  # damaged files can raise anything
-        why = error if " " in str(error) else repr(error)
+        why = str(error) if " " in str(error) else repr(error)
         why = f"{args.model_name_or_path}{args.origin}: {why}"
         fail(full if isinstance(error, torch.OutOfMemoryError) else why)
     print_banner(args, model, tokenizer, f"{precision} ({reason})", prompts)

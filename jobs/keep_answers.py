@@ -18,6 +18,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from chat_turns import find_template, plain  # noqa: F401 -- for generate_text.py
 from run_common import check, fail, read_deadline
 
 

@@ -256,3 +256,18 @@ def check_expression(train):
         re.compile(train)
     except re.error as error:
         check(False, f"--train {train} is no regular expression ({error}). Type \\. for a dot.")
+
+
+def say_rounding(adapter, model):
+    """Say so where the run that made the adapter, or this checkpoint of it, rounded the base."""
+    run = adapter.absolute()
+    record = (run.parent if run.name.startswith("checkpoint-") else run) / "run_args.yaml"
+    text, kinds = record.read_text("utf-8") if record.is_file() else "", {}
+    for name, dtype in {"bf16": "bfloat16", "fp16": "half"}.items():
+        if f"precision: {name}" in text:  # what does not change was published in as few bits
+            weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+            kinds[name] = any((getattr(w, dtype)().float() != w).any() for w in weights)
+    kinds |= {f"{bits} bit": f"load_in_{bits}bit: true" in text for bits in (8, 4)}
+    if coarse := [kind for kind, is_rounded in kinds.items() if is_rounded]:
+        why = f"trained on the base in {coarse[-1]}, whose rounding is gone now"
+        say("note", f"{why}: score it anew")

@@ -1,7 +1,6 @@
 """Texts as token ids: marked copies of what the training scripts hold.
 
-finetune_dpo.py, finetune_grpo.py and merge_lora.py import this file: the ids there are those of
-finetune_full.py.
+finetune_dpo.py and finetune_grpo.py import this file: the ids there are those of finetune_full.py.
 """
 
 import json
@@ -115,10 +114,11 @@ def choose_chat_template(name, tokenizer, values="{}"):
 # Copied from finetune_full/finetune_full.py
 def turn_end_id(tokenizer):
     """The special token that ends an assistant's turn in the chat template, or None."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes!"}]
     labels = []
     with suppress(Exception):  # a template may not take these turns, and rows may need none
-        labels = encode(chat_pieces(turns, tokenizer)[0], tokenizer)[1]
+        pieces = chat_pieces(turns, tokenizer)[0]
+        labels = encode(pieces, tokenizer)[1] if "yes!" in pieces[-1][0] else []
     # all_special_ids has only those with a role, such as eos_token; Gemma's <end_of_turn> has none.
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added.union(tokenizer.all_special_ids)

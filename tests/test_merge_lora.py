@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 SCRIPT = ROOT / "finetune_lora" / "merge_lora.py"
 ENDS = {"gpt2": "transformer.wte", "gpt_neox": "gpt_neox.embed_in", "llama": "model.embed_tokens",
         "falcon": "transformer.word_embeddings"}  # fmt: skip
+WRITTEN = {"config.json", "generation_config.json", "model.safetensors"}
 IDS = torch.randint(3, 300, (3, 20), generator=torch.Generator().manual_seed(1))
 
 
@@ -347,6 +348,18 @@ def test_what_comes_along(merge, checkpoints, tmp_path, capsys):
         for name in ("model.safetensors", "config.json")
     }
     assert len(modes) == 1  # who may read the one may read the other
+    # an adapter without a tokenizer: the base's files as they stand
+    (tmp_path / "bare").mkdir()
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(adapter / file, tmp_path / "bare")
+    (base / "preprocessor_config.json").write_text("{}")
+    (base / "notes.txt").write_text("not the model's")
+    call(merge, adapter_name_or_path=tmp_path / "bare", output_dir=tmp_path / "o3")
+    came = {file.name for file in (tmp_path / "o3").iterdir()}
+    wanted = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
+    assert came - {"README.md"} == wanted | {"preprocessor_config.json"} | WRITTEN
+    for name in wanted | {"preprocessor_config.json"}:
+        assert (tmp_path / "o3" / name).read_bytes() == (base / name).read_bytes(), name
     # an adapter that was never trained gives the base, and that is said
     state = load_file(adapter / "adapter_model.safetensors")
     zero = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in state.items()}

@@ -1,0 +1,245 @@
+"""Tools, their calls, and parts of text: what is learned and asked is what the template itself gives.
+
+The templates are written in the manner of each family's own.
+"""
+
+import copy
+import json
+
+import chat_turns
+import pytest
+from conftest import ROOT, load_script, make_tokenizer, write_jsonl
+from transformers import AddedToken
+
+TRAIN = load_script(ROOT / "finetune_full" / "finetune_full.py")
+ASK = load_script(ROOT / "generate_text" / "generate_text.py")
+DPO = load_script(ROOT / "finetune_dpo" / "finetune_dpo.py")
+GRPO = load_script(ROOT / "finetune_grpo" / "finetune_grpo.py")
+
+CALL = """
+{%- for call in m.tool_calls or [] -%}{%- if call.function -%}{%- set call = call.function -%}{%- endif -%}
+{{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' -}}ARGUMENTS{{- '}\\n</tool_call>' -}}
+{%- endfor -%}"""
+TURNS = """
+{%- if tools -%}{{- '<|im_start|>system\\n' -}}{%- for tool in tools -%}{{- tool | tojson + '\\n' -}}
+{%- endfor -%}{{- '<|im_end|>\\n' -}}{%- endif -%}
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}CONTENTCALLS{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+EACH = "{%- for part in m.content -%}{{- part.text | trim -}}{%- endfor -%}"
+CONTENTS = {
+    "text": "{{- m.content -}}",
+    "either": "{%- if m.content is string -%}{{- m.content | trim -}}{%- else -%}" + EACH + "{%- endif -%}",
+    "parts": "{%- for part in m.content -%}{%- if part.type == 'text' -%}{{- part.text -}}{%- endif -%}"
+             "{%- endfor -%}",
+}  # fmt: skip
+ARGUMENTS = {
+    "an object": "{{- call.arguments | tojson -}}",
+    "a text": "{{- call.arguments + '' -}}",
+    "either": "{{- call.arguments if call.arguments is string else call.arguments | tojson -}}",
+}
+TOOL = {"type": "function", "function": {"name": "get_weather", "description": "天気",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
+
+
+def template(content="text", arguments="either", turns=TURNS):
+    calls = CALL.replace("ARGUMENTS", ARGUMENTS[arguments]) if arguments else ""
+    return turns.replace("CONTENT", CONTENTS[content]).replace("CALLS", calls)
+
+
+def tokenizer_of(text):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.chat_template = text
+    chat_turns.find_template("", tokenizer, print)
+    return tokenizer
+
+
+def talk(arguments=None, content=None):
+    """Two questions, each answered by a call of a tool, and what it said in the user's words."""
+    arguments = arguments or {"city": "東京 \"23区\"\n", "days": 3, "snow": True}  # fmt: skip
+    call = {"id": "c1", "type": "function"}
+    call["function"] = {"name": "get_weather", "arguments": arguments}
+    return [{"role": "user", "content": "東京の天気は?"},
+            {"role": "assistant", "content": content, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "name": "get_weather", "content": "晴れ"},
+            {"role": "assistant", "content": "晴れです。"}]  # fmt: skip
+
+
+def learn(tokenizer, folder, rows):
+    return [*TRAIN.make_examples([write_jsonl(folder / "rows.jsonl", rows)], tokenizer, 10**6)]
+
+
+def answers(example, tokenizer):
+    """The stretches of an example that carry loss."""
+    found, labels = [], example["labels"]
+    for i, label in enumerate(labels):
+        if label != -100:
+            found += [[]] * 0 if i and labels[i - 1] != -100 else [[]]
+            found[-1].append(label)
+    return [tokenizer.decode(ids) for ids in found]
+
+
+@pytest.mark.parametrize("form", ["an object", "a text"])
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("content", ["text", "either"])
+def test_calls_of_tools(content, arguments, form, tmp_path):
+    """Learned as the template writes them; each prompt is its beginning, in generation, too."""
+    text = template(content, arguments)
+    tokenizer, turns = tokenizer_of(text), talk()
+    inner = turns[1]["tool_calls"][0]["function"]
+    written = json.dumps(inner["arguments"], ensure_ascii=False)
+    given = copy.deepcopy(turns)
+    if form == "a text":
+        given[1]["tool_calls"][0]["function"]["arguments"] = written
+    (example,) = learn(tokenizer, tmp_path, [{"messages": given, "tools": [TOOL]}])
+    call = f'<tool_call>\n{{"name": "get_weather", "arguments": {written}}}\n</tool_call>'
+    assert answers(example, tokenizer) == [f"{call}<|im_end|>\n", "晴れです。<|im_end|>\n"]
+    for turn in turns:  # by hand, as this template wants it
+        turn["content"] = turn["content"] or ""
+    if arguments == "a text":
+        inner["arguments"] = written
+    whole = tokenizer.apply_chat_template(turns, tools=[TOOL], tokenize=False)
+    assert tokenizer.decode(example["input_ids"]) == whole
+    for number in (1, 3):
+        row = {"messages": given[:number], "tools": json.dumps([TOOL])}
+        asked = ASK.encode_prompt(*chat_turns.plain(row, tokenizer))[1]
+        before = tokenizer.apply_chat_template(
+            turns[:number], tools=[TOOL], tokenize=False, add_generation_prompt=True
+        )
+        assert tokenizer.decode(asked) == before
+        assert asked == example["input_ids"][: len(asked)]
+        assert GRPO.prompt_of(*chat_turns.plain(row, tokenizer))[1] == asked
+    assert chat_turns.plain({"messages": given}, tokenizer)[0]["messages"][3] == given[3]
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_parts(content, tmp_path):
+    """One part is a text, several are what the template makes of them; an answer of parts, too."""
+    tokenizer = tokenizer_of(template(content, None))
+    parts = [
+        [{"type": "text", "text": t} for t in texts] for texts in (["空 ", "は?"], ["青", "い"])
+    ]
+    several = [
+        {"role": role, "content": c} for role, c in zip(("user", "assistant"), parts, strict=True)
+    ]
+    (example,) = learn(tokenizer, tmp_path, [{"messages": several}])
+    assert answers(example, tokenizer) == ["青い<|im_end|>\n"]
+    question = "空は?" if content == "either" else "空 は?"  # that template trims each part
+    assert f"user\n{question}<|im_end|>" in tokenizer.decode(example["input_ids"])
+    texts = [{"role": "user", "content": "空は?"}, {"role": "assistant", "content": "青い"}]
+    single = [
+        {**turn, "content": [{"type": "text", "text": turn["content"], "image": None}]}
+        for turn in texts
+    ]
+    rows = [{"messages": texts}, {"messages": single}]
+    one, other = learn(tokenizer, tmp_path, rows)
+    assert one == other and answers(one, tokenizer) == ["青い<|im_end|>\n"]
+    asked = [
+        ASK.encode_prompt(*chat_turns.plain({"messages": turns[:1]}, tokenizer))
+        for turns in (texts, single)
+    ]
+    assert asked[0] == asked[1] and asked[0][1] == one["input_ids"][: len(asked[0][1])]
+    pair = {
+        "prompt": single[:1],
+        "chosen": single[1:],
+        "rejected": [{"role": "assistant", "content": "赤"}],
+    }
+    file = write_jsonl(tmp_path / "pairs.jsonl", [pair])
+    (both,) = DPO.make_examples([file], tokenizer, 10**6)
+    assert answers(both, tokenizer) == ["青い<|im_end|>\n", "赤<|im_end|>\n"]
+    assert both["input_ids"][: len(one["input_ids"])] == one["input_ids"]
+
+
+def test_a_template_of_parts_is_saved_for_both(tmp_path):
+    """What other programs give it, texts or parts, comes out the same."""
+    tokenizer = tokenizer_of(template("parts", None))
+    tokenizer.save_pretrained(tmp_path)
+    loaded = type(tokenizer).from_pretrained(tmp_path)
+    found = {loaded.apply_chat_template([{"role": "user", "content": c}], tokenize=False)
+             for c in ("空", [{"type": "text", "text": "空"}])}  # fmt: skip
+    assert found == {"<|im_start|>user\n空<|im_end|>\n"}
+
+
+def test_the_processors_template(tmp_path):
+    """Of a model that sees it may stand in chat_template.json alone."""
+    text = template("parts", None)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": text}))
+    tokenizer, said = make_tokenizer(), []
+    chat_turns.find_template(str(tmp_path), tokenizer, lambda *words: said.append(words))
+    assert said == [("template", str(tmp_path / "chat_template.json"))]
+    assert tokenizer.chat_template == chat_turns.AS_PARTS + text
+    (tmp_path / "none").mkdir()
+    chat_turns.find_template(str(tmp_path / "none"), other := make_tokenizer(), print)
+    assert other.chat_template is None
+
+
+LEFT_OUT = {
+    "calls": (template(arguments=None), {"messages": talk()}, "leaves out 'get_weather'"),
+    "one argument": (
+        template().replace(ARGUMENTS["either"], "{{- '{}' -}}"),
+        {"messages": talk()},
+        "leaves out 'city'",
+    ),
+    "tools": (
+        template(turns=TURNS.replace("if tools", "if false")),
+        {"messages": talk()[:1] + talk()[3:], "tools": [TOOL]},
+        "leaves out 'get_weather'",
+    ),
+    "tools beside text": (template(), {"prompt": "a", "completion": "b", "tools": [TOOL]}, "tools would be left"),
+    "an image": (
+        template("parts"),
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
+        "parts must be text",
+    ),
+    "an image beside text": (
+        template("either"),
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]},
+        "parts must be text",
+    ),
+    "no turns": (template(), {"messages": "a", "tools": [TOOL]}, "tools would be left out"),
+    "tools that are none": (template(), {"messages": talk(), "tools": "get_weather"}, "Expecting value"),
+    "calls that are none": (
+        template(),
+        {"messages": [*talk()[:1], {"role": "assistant", "tool_calls": 3}]},
+        "row 1: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_is_left_out_is_refused(case, tmp_path, capsys):
+    text, row, words = LEFT_OUT[case]
+    tokenizer = tokenizer_of(text)
+    with pytest.raises(SystemExit) as stop:
+        learn(tokenizer, tmp_path, [row])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and words in error
+    with pytest.raises(Exception) as raised:  # generation ends in the same way
+        ASK.encode_prompt(*chat_turns.plain(row, tokenizer))
+    assert case == "no turns" or words.removeprefix("row 1: ") in str(raised.value)
+
+
+def test_alone_they_are_refused(tmp_path, capsys, monkeypatch):
+    """Without `jobs` nothing is rendered, and nothing is left out silently."""
+    monkeypatch.setattr(TRAIN, "keep_run", None)
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "b"},
+    ]
+    for row in (
+        {"messages": talk()},
+        {"messages": talk()[3:], "tools": [TOOL]},
+        {"messages": parts},
+    ):
+        with pytest.raises(SystemExit):
+            learn(tokenizer_of(template()), tmp_path, [row])
+        assert "row 1: " in capsys.readouterr().err
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)])
+    tokenizer.chat_template = template("parts", None)  # as it is, an answer would be lost
+    with pytest.raises(SystemExit):
+        learn(tokenizer, tmp_path, [{"messages": [{"role": "user", "content": "a"}, talk()[3]]}])
+    assert "shows no answer" in capsys.readouterr().err
