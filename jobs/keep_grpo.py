@@ -207,7 +207,10 @@ def check_scores(trainer):
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        found = trainer._get_per_token_logps_and_entropies(model, ids, mask, 4)[0]
+        try:
+            found = trainer._get_per_token_logps_and_entropies(model, ids, mask, 4)[0]
+        except AttributeError as error:  # it looks for parts that Llama 4, say, has elsewhere
+            fail(f"TRL cannot score this model's answers: {error}. Take finetune_lora.py.")
         for row in (ids[0], ids[1, 3:]):
             logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
             scores = (logits / trainer.temperature).log_softmax(-1)

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import fields
 
 import torch
-from run_common import check, say
+from run_common import check, fail, say
 from script_parts import peak_memory
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOConfig, DPOTrainer
@@ -39,6 +39,7 @@ class FineTuner(DPOTrainer):
                 default = field.default_factory() if field.name == "loss_type" else field.default
                 setattr(args, field.name, default)
         args.disable_dropout = False  # without_dropout did it
+        args.router_aux_loss_coef = 0.0  # the other scripts have no loss of routers, either
         reference = vars(args).pop("reference")  # the arguments are saved
         kept = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
         owners = data["processing_class"], model.config.get_text_config(), model.generation_config
@@ -162,7 +163,10 @@ def check_head(model, inputs):
     model.eval()  # no dropout: it would draw numbers that a resumed run does not
     with torch.no_grad():
         logits = model(**row, use_cache=False).logits[:, :-1]
-        found = model(**row, labels=row["input_ids"], fused_lm_head=True).log_probs.float()
+        try:
+            found = model(**row, labels=row["input_ids"], fused_lm_head=True).log_probs.float()
+        except AttributeError as error:  # it looks for parts that Llama 4, say, has elsewhere
+            fail(f"TRL cannot score this model's answers: {error}. Take finetune_lora.py.")
     model.train(was_training)
     wanted = logits.float().log_softmax(-1).gather(-1, row["input_ids"][:, 1:, None])[..., 0]
     error, limit = (wanted - found).abs().mean().item(), 1e-3

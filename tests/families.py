@@ -4,15 +4,20 @@ Each has two layers (or as many kinds of layer as it mixes), weights of std 0.15
 conftest.py. What a configuration class does not know is left out, so one set of sizes does for all.
 """
 
+import contextlib
+import io
+import itertools
 import json
 import re
 from functools import partial
 from pathlib import Path
 
 import coverage_grid
+import grpo_inside
 import seven_grid as grid
 import torch
 from conftest import ROOT, ROWS, load_script, make_tokenizer, write_jsonl
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -280,10 +285,90 @@ def chat(kind, model, folder):
     return "" if is_same else f"{prompt} asked, {ids} trained"
 
 
+PAIRS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"]}
+         for row, other in itertools.pairwise(ROWS[:5])]  # fmt: skip
+
+
+def preferences(kind, model, folder):
+    """DPO's second step by hand: the adapter after the first one against the base without it."""
+    from test_finetune_grpo import log_probs
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["--model_name_or_path", model, "--output_dir", folder / "out", "--lora_r", 4]
+    words += ["--train_file", write_jsonl(folder / "pairs.jsonl", PAIRS), "--max_steps", 2]
+    words += "--per_device_train_batch_size 4 --learning_rate 2 --optim sgd --beta 0.3".split()
+    words += "--lr_scheduler_type constant --max_grad_norm 0 --logging_steps 1".split()
+    _, error = grid.call("finetune_dpo/finetune_dpo.py", *words, "--save_steps", 1)
+    if error:
+        return f"refused: {error[7:]}" if "TRL cannot" in error else error
+    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    base, tokenizer = load(kind, model)[0], grid.tokens(model)
+    policy = PeftModel.from_pretrained(load(kind, model)[0], folder / "out" / "checkpoint-1").eval()
+    logs = {}
+    for name, net in (("policy", policy), ("base", base)):
+        for key in ("chosen", "rejected"):
+            rows = [(tokenizer(p["prompt"])["input_ids"], p[key]) for p in PAIRS]
+            rows = [(i, tokenizer(t, add_special_tokens=False)["input_ids"] + [0]) for i, t in rows]
+            with torch.no_grad():
+                found = [log_probs(net, *row, 1).sum().item() for row in rows]
+            logs[f"{name} {key}"] = torch.tensor(found)
+    margins = 0.3 * sum(sign * logs[name] for name, sign in
+                        {"policy chosen": 1, "base chosen": -1, "policy rejected": -1, "base rejected": 1}.items())  # fmt: skip
+    wanted = {"loss": -torch.nn.functional.logsigmoid(margins), "rewards/margins": margins,
+              "logps/chosen": logs["policy chosen"], "logps/rejected": logs["policy rejected"]}  # fmt: skip
+    step = [entry for entry in state["log_history"] if "loss" in entry][1]
+    if margins.abs().max() < 1e-3:
+        return f"margins of {margins.tolist()} prove nothing"
+    for name, values in wanted.items():
+        if abs(step[name] - values.mean().item()) > 1e-3:
+            return f"{name} {step[name]} instead of {values.mean()}"
+    return ""
+
+
+def rewards(kind, model, folder):
+    """GRPO's two steps by hand, with answers that hang on nothing but the prompt."""
+    from test_finetune_grpo import SHORT, STEPS, by_hand, fill
+
+    folder.mkdir(parents=True, exist_ok=True)
+    script = load_script(ROOT / "finetune_grpo" / "finetune_grpo.py")
+    original, trainer = script.load_models, script.RewardTrainer
+    sample = trainer._generate_single_turn
+    grpo_inside.fix(script)
+
+    def load_models(*args):
+        net, reference = original(*args)
+        fill(net)
+        net.save_pretrained(folder / "start")
+        return net, reference
+
+    script.load_models = load_models
+    data = write_jsonl(folder / "train.jsonl", SHORT)
+    words = ["--model_name_or_path", model, "--train_file", data, "--output_dir", folder / "out"]
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            script.main([str(word) for word in [*words, *STEPS.split(), "--lora_r", 4]])
+    except SystemExit:
+        error = log.getvalue().splitlines()[-1]
+        return f"refused: {error[7:]}" if "TRL cannot" in error else error
+    finally:
+        trainer._generate_single_turn = sample
+    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    found = [entry for entry in state["log_history"] if "loss" in entry]
+    base, policy = load(kind, model)[0], load(kind, model)[0]
+    policy = PeftModel.from_pretrained(policy, folder / "start", is_trainable=True).eval()
+    wanted = by_hand(policy, base, grid.tokens(model))
+    for number, (one, two) in enumerate(zip(found, wanted, strict=True)):
+        for name, value in two.items():
+            if abs(one[name] - value) > 1e-3 + 1e-3 * abs(value):
+                return f"step {number}: {name} {one[name]} instead of {value}"
+    return ""
+
+
 METHODS = {
     "full": full, "last layer": last_layer, "LoRA": adapter, "4 bit": four_bit, "merge": merge,
     "generate": partial(generate, sizes=[1]), "batched": partial(generate, sizes=[4]),
-    "chat": chat,
+    "chat": chat, "DPO": preferences, "GRPO": rewards,
 }  # fmt: skip
 ZERO = {"ZeRO-2": "finetune_full", "LoRA, ZeRO-2": "finetune_lora"}
 

@@ -236,7 +236,7 @@ def test_arguments_of_the_template(tmp_path):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
-    kinds = ("gemma3", "gemma4", "mistral3", "minimax", "mamba")
+    kinds = ("gemma3", "gemma4", "mistral3", "minimax", "mamba", "mixtral", "llama4_text")
     return {kind: families.make(kind, root / kind) for kind in kinds}
 
 
@@ -247,6 +247,15 @@ def models(tmp_path_factory):
 )  # fmt: skip
 def test_composites(kind, method, models, tmp_path):
     assert families.METHODS[method](kind, models[kind], tmp_path) == ""
+
+
+@pytest.mark.parametrize("method", ["DPO", "GRPO"])
+def test_preferences_and_rewards(method, models, tmp_path):
+    """Experts: TRL's DPO would add a loss of their routers. What TRL does not know is refused."""
+    assert families.METHODS[method]("mixtral", models["mixtral"], tmp_path / "experts") == ""
+    assert families.METHODS[method]("gemma3", models["gemma3"], tmp_path / "sees") == ""
+    text = families.METHODS[method]("llama4_text", models["llama4_text"], tmp_path / "unknown")
+    assert text.startswith("refused: TRL cannot score this model's answers: ")
 
 
 def test_checkpoints_of_a_composite(models, tmp_path):
