@@ -18,6 +18,10 @@ import sys
 import time
 from datetime import timedelta
 
+# Variables by which nodes would compute or wait otherwise than each other, as they begin.
+SHARED = ("PYTORCH_", "OMP_NUM_", "BUILD_CACHE", "HF_HOME", "HF_HUB_", "HF_DATASETS_", "CUDA_")
+OWN = ("CUDA_VISIBLE_DEVICES", "CUDA_CACHE_PATH")
+
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -119,17 +123,23 @@ def main(argv=None):
     free, total = check_memory(torch, device, args.memory_gib)
     versions = f"python {platform.python_version()}, torch {torch.__version__}"
     versions += f", CUDA {torch.version.cuda}"
-    mine = (socket.gethostname(), name, free, total, versions)
+    found = os.environ.items()
+    variables = {n: value for n, value in found if n.startswith(SHARED) and n not in OWN}
+    mine = (socket.gethostname(), name, free, total, versions, variables)
     ranks = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
-    for rank, (host, name, free, total, _) in enumerate(ranks):
+    for rank, (host, name, free, total, *_) in enumerate(ranks):
         memory = f"memory {free:.1f} GiB free of {total:.1f}, {args.memory_gib:g} checked"
         say(f"rank {rank}", f"{host}  {name}  {memory}")
     hosts = sorted({host for host, *_ in ranks})
     say("hosts", f"{len(hosts)}: {', '.join(hosts)}; {versions}")
-    for host, *_, other in ranks:
+    for host, *_, other, theirs in ranks:
         if other != versions:
             fail(f"{host} has {other}, {mine[0]} {versions}: nodes must use the same environment.")
+        for key in sorted(variables.keys() | theirs.keys()):
+            here, there = variables.get(key, "not set"), theirs.get(key, "not set")
+            if here != there:
+                fail(f"{key} is {there} on {host}, {here} on {mine[0]}: it must be equal.")
 
     seconds = all_reduce_seconds(torch, device, args.size_mib, args.repeat)
     count, rate = len(ranks), args.size_mib * 2**20 / seconds / 1e9

@@ -64,6 +64,7 @@ class ScriptArguments(LoraArguments):  # and all of finetune_lora.py's
 DEFAULTS = {"output_dir": "output", "learning_rate": 5e-6, "logging_steps": 10}
 DEFAULTS |= {"train_sampling_strategy": "group_by_length", "ddp_find_unused_parameters": False}
 DEFAULTS |= {"log_level_replica": "error", "ddp_timeout": 6 * 3600}  # as in finetune_full.py
+DEFAULTS |= {"dataloader_num_workers": 2 * torch.cuda.is_available()}
 
 
 # ---- 2. Data: format yours here ----

@@ -243,9 +243,9 @@ def collate(examples):
 
 # ---- 3. Model: what is trained ----
 
-OUT_OF_MEMORY = """GPU memory is full. Try, in this order: --per_device_train_batch_size 1 with more
---gradient_accumulation_steps, --activation_checkpointing true, --optim adamw_bnb_8bit, a shorter
---max_length, on several GPUs --deepspeed ../deepspeed_configs/zero2.json."""
+OUT_OF_MEMORY = """GPU memory is full. Try, in this order: on several GPUs --deepspeed
+../deepspeed_configs/zero2.json, --activation_checkpointing true, --per_device_train_batch_size 1
+with more --gradient_accumulation_steps, --optim adamw_bnb_8bit, a shorter --max_length."""
 
 
 def load_model(script, training, tokenizer, resume):

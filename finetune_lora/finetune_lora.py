@@ -301,8 +301,8 @@ def add_adapter(script, training, tokenizer, model):
     if model_layers:  # experts, too, and nothing that passes an adapter by
         modules, weights, whole = model_layers.find_targets(model, script)
     else:
-        is_plain = not whole and all(weight.dim() < 3 for weight in model.parameters())
-        check(is_plain, "--modules_to_save, experts, Mamba layers need `jobs` beside this place.")
+        plain = not (whole or script.load_in_8bit) and all(w.dim() < 3 for w in model.parameters())
+        check(plain, "--modules_to_save, 8 bit, experts, Mamba layers need `jobs` beside this.")
         modules = {"all-linear": "all-linear", "none": []}.get(",".join(modules), modules)
     # A file may hold a head of its own in spite of its configuration, as Falcon's does.
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

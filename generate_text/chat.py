@@ -83,6 +83,7 @@ def main(argv=None):
     check_arguments(args)
     disable_progress_bar()
     logging.disable(logging.WARNING)
+    full = "GPU memory is full. Try --load_in_4bit true, or --device_map auto on several GPUs."
     try:
         precision, reason = choose_precision(args)
         tokenizer = load_tokenizer(args)
@@ -90,13 +91,14 @@ def main(argv=None):
         set_generation(args, model, tokenizer, is_chat=True)
     except Exception as error:  # damaged files can raise anything
         why = error if " " in str(error) else repr(error)
-        fail(f"{args.model_name_or_path}{args.origin}: {why}")
+        why = f"{args.model_name_or_path}{args.origin}: {why}"
+        fail(full if isinstance(error, torch.OutOfMemoryError) else why)
     note("model", f"{args.model_name_or_path} ({model.config.model_type}){args.origin}")
     note("device", f"{model.device}, {precision} ({reason}); exit or Ctrl-D ends the chat")
     try:
         talk(args, model, tokenizer)
     except torch.OutOfMemoryError:
-        fail("GPU memory is full. Try --load_in_8bit true, or --device_map auto on several GPUs.")
+        fail(full)
 
 
 def talk(args, model, tokenizer):

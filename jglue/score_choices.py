@@ -138,7 +138,7 @@ def main(argv=None):
 
     disable_progress_bar()
     logging.disable(logging.WARNING)
-    full = "GPU memory is full. Try a smaller --batch_size, --load_in_8bit or --device_map auto."
+    full = "GPU memory is full. Try a smaller --batch_size, --load_in_4bit or --device_map auto."
     try:
         precision, reason = choose_precision(args)
         args.batch_size = args.batch_size or (8 if reason == "no GPU in use" else 64)

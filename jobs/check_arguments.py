@@ -128,6 +128,8 @@ def check_arguments(script, training, given):
             trial = Trainer(torch.nn.Linear(1, 1), training, eval_dataset=[])
             trial.accelerator.prepare_model(trial.model, evaluation_mode=True)  # compiles, if asked
             trial.create_optimizer_and_scheduler(9)
+    except torch.OutOfMemoryError:
+        raise  # somebody else fills the GPU: no argument is wrong
     except Exception as error:
         fail(f"--optim {training.optim.value}, --lr_scheduler_type or another argument: {error}")
     if training.deepspeed:

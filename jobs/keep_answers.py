@@ -79,7 +79,8 @@ def describe(args, precision, prompts):
     text = Path(args.prompt_file).read_bytes() + json.dumps(prompts).encode()
     settings = vars(args) | {"precision": precision, "prompts": hashlib.sha256(text).hexdigest()}
     free = "device_map prompt_file output_file deadline rank ranks slowest looked".split()
-    if precision == "fp32" and not args.do_sample:  # in 16 bit, near ties can hang on the batch
+    # In 16 and 8 bit, near ties can hang on the batch.
+    if precision == "fp32" and not (args.do_sample or args.load_in_8bit):
         free.append("batch_size")
     settings |= dict.fromkeys(free)  # they change no answer
     for directory in (args.base, args.model_name_or_path):

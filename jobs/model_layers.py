@@ -145,8 +145,9 @@ def prepare_rounded(model, script, training):
         if training.activation_checkpointing:
             # On a GPU each layer keeps its input where autograd does not see it, and checkpointing
             # would save little, were there no first pass without a graph.
-            given = training.activation_checkpointing_kwargs or {}
-            training.activation_checkpointing_kwargs = {**given, "use_reentrant": True}
+            given = {**(training.activation_checkpointing_kwargs or {}), "use_reentrant": True}
+            training.activation_checkpointing_kwargs = given
+            training.gradient_checkpointing_kwargs = given  # TRL goes by the old name
             model.enable_input_require_grads()
     return f"{share:.1%} of the layers' weights rounded"
 

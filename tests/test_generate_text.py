@@ -1227,7 +1227,8 @@ def places(tmp_path_factory, checkpoints, adapter):
     ("main", "arguments", "message"),
     [(script.main, *case) for case in BAD] + [(chat.main, *case) for case in BAD_CHAT],
 )
-def test_bad_input(places, capsys, main, arguments, message):
+def test_bad_input(places, capsys, monkeypatch, main, arguments, message):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries to reach the hub
     before = sorted(places["tmp"].rglob("*"))
     assert run(*arguments.format(**places).split(" "), main=main) == 2
     out, error = capsys.readouterr()

@@ -201,6 +201,35 @@ def test_check_nodes(tmp_path):
     assert any(line.startswith("done       all 2 ranks answered") for line in lines)
 
 
+def test_nodes_whose_variables_differ(tmp_path):
+    """One that computes with other settings is named, with the variable and both values."""
+    inside = tmp_path / "inside.py"
+    inside.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "abci_firststep")!r})
+os.environ["HF_TOKEN"] = os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["RANK"]
+if os.environ["RANK"] == "1":
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
+import check_nodes
+check_nodes.main("--size_mib 1 --repeat 2 --memory_gib 0.01".split())
+""")
+    env = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        inside,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    there, here = "expandable_segments:False", "expandable_segments:True"
+    assert len(errors) == 1 and f"PYTORCH_ALLOC_CONF is {there} on " in errors[0], done.stderr
+    assert f", {here} on " in errors[0] and done.returncode
+
+
 @pytest.mark.parametrize("victim", ["worker", "launcher"])
 def test_job_multinode(victim, training, tmp_path):
     """The job file itself under mpirun: trains on both, ends when a rank or its torchrun dies.
