@@ -55,20 +55,21 @@ def plain(row, tokenizer):
 
     Raises ValueError for parts that are no text, and for what the template leaves out.
     """
-    tools = read(row.get("tools") or None)
+    tools = without_nulls(read(row.get("tools") or None))
     chats = {name: row.get(name) for name in ("messages", "prompt", "chosen", "rejected")}
     turned = {name: [*map(one_text, chat)] for name, chat in chats.items() if is_chat(chat)}
     if "messages" not in turned:
         return row | turned, tokenizer
     turns = turned["messages"]
-    if not tools and not any(turn.get(CALLS) or texts(turn) for turn in turns):
+    is_more = [turn.get(CALLS) or texts(turn) or turn.get("role") == "tool" for turn in turns]
+    if not tools and not any(is_more):
         return row | turned, tokenizer
     plain_turns = [as_text(turn) for turn in turns]
     row = {name: value for name, value in row.items() if name != "tools"}
     row["messages"] = plain_turns
     problems = []
-    for join, argument in product((lambda turn: turn, as_joined), (read, write)):
-        given = [with_arguments(join(turn), argument) for turn in turns]
+    for join, form in product((lambda turn: turn, as_joined), (read, write)):
+        given = [with_arguments(join(turn), form) for turn in turns]
         renderer = WithTools(tokenizer, plain_turns, given, tools)
         try:
             renderer.apply_chat_template(plain_turns, tokenize=False)
@@ -100,16 +101,24 @@ class WithTools:
         for text in (text for turn in turns for text in texts(turn)):
             if text.strip() not in result or "[{'type'" in result:
                 raise ValueError(f"the chat template leaves out {text[:60]!r} of a turn's parts.")
+        said = [turn.get("content") for turn in turns if turn.get("role") == "tool"]
+        for text in (text for text in said if isinstance(text, str)):
+            if not any(form in result for form in forms_of(text)):
+                raise ValueError(f"the chat template leaves out {text[:60]!r}, which a tool said.")
         try:  # what stands there without them may hold a short name or a number by chance
             without = render([{**turn, CALLS: None} for turn in turns], **options)
         except Exception:  # it may refuse a turn without any content
             without = ""
         for word, count in Counter(words_of(turns, self.tools)).items():
-            forms = {word, PYTHON.get(word, word), json.dumps(word)[1:-1]}
-            forms.add(json.dumps(word, ensure_ascii=False)[1:-1])
-            if max(result.count(form) - without.count(form) for form in forms) < count:
+            if max(result.count(form) - without.count(form) for form in forms_of(word)) < count:
                 raise ValueError(f"the chat template leaves out {word[:60]!r} of tools or calls.")
         return result
+
+
+def forms_of(word):
+    """A word as templates may write it: as it is, in JSON, in Python."""
+    forms = {word.strip(), PYTHON.get(word, word), json.dumps(word)[1:-1]}
+    return forms | {json.dumps(word, ensure_ascii=False)[1:-1]}
 
 
 def words_of(turns, tools):
@@ -159,7 +168,10 @@ def with_arguments(turn, form):
     calls = []
     for call in read(turn[CALLS]):
         inner = call.get("function", call)
-        inner = {**inner, "arguments": form(inner.get("arguments"))}
+        problem = "an argument is null, as Parquet fills up: write the arguments as a JSON text."
+        if None in leaves(inner.get("arguments") or {}):
+            raise ValueError(problem)
+        inner = {**inner, "arguments": form(inner.get("arguments") or {})}
         calls.append({**call, "function": inner} if "function" in call else inner)
     return {**turn, CALLS: calls, "content": turn.get("content") or ""}
 
@@ -171,6 +183,13 @@ def read(value):
 
 def write(value):
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def without_nulls(value):
+    """What Parquet fills up, so that all rows have the same names, says nothing about a tool."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def leaves(value):

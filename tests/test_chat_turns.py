@@ -115,6 +115,110 @@ def test_calls_of_tools(content, arguments, form, tmp_path):
     assert chat_turns.plain({"messages": given}, tokenizer)[0]["messages"][3] == given[3]
 
 
+# In the manner of a family: its template, its special tokens, what is learned of the call.
+FAMILIES = {
+    "Llama 3.1": (
+        """{{- bos_token -}}
+{%- if tools -%}{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' -}}
+{%- for t in tools -%}{{- t | tojson(indent=4) + '\\n\\n' -}}{%- endfor -%}{{- '<|eot_id|>' -}}{%- endif -%}
+{%- for m in messages -%}
+{%- if m.role == 'tool' -%}{{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + m.content | tojson + '<|eot_id|>' -}}
+{%- elif 'tool_calls' in m -%}
+{%- if m.tool_calls | length != 1 -%}{{- raise_exception('one call at once') -}}{%- endif -%}
+{%- set call = m.tool_calls[0].function -%}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + call.name + '", "parameters": ' -}}
+{{- call.arguments | tojson + '}<|eom_id|>' -}}
+{%- else -%}
+{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' -}}
+{%- endif -%}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}""",
+        "<|start_header_id|> <|end_header_id|> <|eot_id|> <|eom_id|>",
+        '{"name": "get_weather", "parameters": ARGUMENTS}<|eom_id|>',
+    ),
+    "Mistral": (
+        """{{- bos_token -}}
+{%- for m in messages -%}
+{%- if loop.first and tools -%}{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' -}}{%- endif -%}
+{%- if m.role == 'tool' -%}{{- '[TOOL_RESULTS]' + {'content': m.content} | tojson + '[/TOOL_RESULTS]' -}}
+{%- elif m.tool_calls is defined and m.tool_calls is not none -%}
+{{- '[TOOL_CALLS][' -}}{%- for call in m.tool_calls -%}{{- call.function | tojson -}}{%- endfor -%}
+{{- ']' + eos_token -}}
+{%- elif m.role == 'assistant' -%}{{- ' ' + m.content + eos_token -}}
+{%- else -%}{{- '[INST]' + m.content + '[/INST]' -}}{%- endif -%}{%- endfor -%}""",
+        "[INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS]",
+        '[TOOL_CALLS][{"name": "get_weather", "arguments": ARGUMENTS}]<|endoftext|>',
+    ),
+    "gpt-oss": (
+        """{%- if tools -%}{{- '<|start|>developer<|message|>' -}}
+{%- for t in tools -%}{{- 'type ' + t.function.name + ' = (_: any) => any;' -}}{%- endfor -%}
+{{- '<|end|>' -}}{%- endif -%}
+{%- set ns = namespace(name='') -%}
+{%- for m in messages -%}
+{%- if m.tool_calls -%}{%- set ns.name = m.tool_calls[0].function.name -%}
+{{- '<|start|>assistant to=functions.' + ns.name + '<|channel|>commentary json<|message|>' -}}
+{{- m.tool_calls[0].function.arguments | tojson + '<|call|>' -}}
+{%- elif m.role == 'tool' -%}
+{{- '<|start|>functions.' + ns.name + ' to=assistant<|message|>' + m.content | tojson + '<|end|>' -}}
+{%- elif m.role == 'assistant' -%}
+{{- '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|return|>' -}}
+{%- else -%}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start|>assistant' -}}{%- endif -%}""",
+        "<|start|> <|message|> <|channel|> <|end|> <|return|> <|call|>",
+        " to=functions.get_weather<|channel|>commentary json<|message|>ARGUMENTS<|call|>",
+    ),
+    "Qwen3-Coder": (
+        """{%- if tools -%}{{- '<|im_start|>system\\n' -}}
+{%- for t in tools -%}{{- '<name>' + t.function.name + '</name>' -}}{%- endfor -%}{{- '<|im_end|>\\n' -}}{%- endif -%}
+{%- for m in messages -%}
+{%- if m.role == 'tool' -%}{{- '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' -}}
+{%- else -%}{{- '<|im_start|>' + m.role + '\\n' + (m.content or '') -}}
+{%- for call in m.tool_calls or [] -%}{{- '<function=' + call.function.name + '>' -}}
+{%- for key, value in call.function.arguments | items -%}
+{{- '<parameter=' + key + '>' + (value | string) + '</parameter>' -}}{%- endfor -%}{{- '</function>' -}}
+{%- endfor -%}{{- '<|im_end|>\\n' -}}{%- endif -%}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}""",
+        "<|im_start|> <|im_end|>",
+        '<function=get_weather><parameter=city>東京 "23区"\n</parameter><parameter=days>3</parameter>'
+        "<parameter=snow>True</parameter></function><|im_end|>\n",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_calls_in_the_manner_of_a_family(name, tmp_path):
+    """What is learned of a call, and that each prompt is the beginning of what was learned."""
+    text, special, wanted = FAMILIES[name]
+    tokenizer = make_tokenizer(bos="bos_token" in text)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in special.split()])
+    tokenizer.chat_template = text
+    turns = talk()
+    (example,) = learn(tokenizer, tmp_path, [{"messages": turns, "tools": [TOOL]}])
+    arguments = turns[1]["tool_calls"][0]["function"]["arguments"]
+    call, last = answers(example, tokenizer)
+    assert call == wanted.replace("ARGUMENTS", json.dumps(arguments, ensure_ascii=False))
+    assert "晴れです。" in last and "晴れ" in tokenizer.decode(example["input_ids"]).split(call)[1]
+    for number, turn in ((1, call), (3, last)):
+        row = {"messages": turns[:number], "tools": [TOOL]}
+        asked = ASK.encode_prompt(*chat_turns.plain(row, tokenizer))[1]
+        assert asked == example["input_ids"][: len(asked)]
+        assert tokenizer.decode(example["input_ids"][len(asked) :]).startswith(turn)
+
+
+def test_what_parquet_fills_up(tmp_path):
+    """Names that other rows have: nothing in a tool, but who can say in a call's arguments?"""
+    tokenizer, nulls = tokenizer_of(template()), copy.deepcopy(TOOL)
+    nulls["function"] |= {"strict": None}
+    rows = [{"messages": talk(), "tools": tools} for tools in ([TOOL], [nulls])]
+    one, other = learn(tokenizer, tmp_path, rows)
+    assert one == other
+    rows = [{"messages": talk('{"city": null}')}, {"messages": talk({"city": None})}]
+    (example,) = learn(tokenizer, tmp_path, rows[:1])
+    assert '{"city": null}' in answers(example, tokenizer)[0]
+    with pytest.raises(ValueError, match="an argument is null, as Parquet fills up"):
+        chat_turns.plain(rows[1], tokenizer)
+
+
 @pytest.mark.parametrize("content", CONTENTS)
 def test_parts(content, tmp_path):
     """One part is a text, several are what the template makes of them; an answer of parts, too."""
@@ -176,7 +280,19 @@ def test_the_processors_template(tmp_path):
     assert other.chat_template is None
 
 
+# Writes a call only where the content is none, which transformers takes out of every turn.
+DEEPSEEK = """{{- bos_token -}}
+{%- for t in tools or [] -%}{{- t | tojson + '\\n' -}}{%- endfor -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{{- '<|User|>' + m.content -}}
+{%- elif m.role == 'tool' -%}{{- '<|out|>' + m.content + '<|/out|>' -}}
+{%- elif m.content is none -%}
+{{- '<|Assistant|><|call|>' + m.tool_calls[0].function.name + '\\n```json\\n' -}}
+{{- m.tool_calls[0].function.arguments + '\\n```<|/call|>' + eos_token -}}
+{%- else -%}{{- '<|Assistant|>' + m.content + eos_token -}}{%- endif -%}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|Assistant|>' -}}{%- endif -%}"""
 LEFT_OUT = {
+    "DeepSeek": (DEEPSEEK, {"messages": talk(), "tools": [TOOL]}, "leaves out 'get_weather'"),
     "calls": (template(arguments=None), {"messages": talk()}, "leaves out 'get_weather'"),
     "one argument": (
         template().replace(ARGUMENTS["either"], "{{- '{}' -}}"),
@@ -189,6 +305,12 @@ LEFT_OUT = {
         "leaves out 'get_weather'",
     ),
     "tools beside text": (template(), {"prompt": "a", "completion": "b", "tools": [TOOL]}, "tools would be left"),
+    "what a tool said": (
+        "{%- for m in messages -%}{%- if m.role != 'tool' -%}{{- m.content -}}"
+        + CALL.replace("ARGUMENTS", ARGUMENTS["either"]) + "{{- '<|im_end|>' -}}{%- endif -%}{%- endfor -%}",
+        {"messages": talk()},
+        "leaves out '晴れ', which a tool said",
+    ),
     "an image": (
         template("parts"),
         {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
