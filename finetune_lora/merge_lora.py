@@ -30,7 +30,8 @@ from transformers.utils import logging
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))  # for notes alone
 # What else belongs to a model: its tokenizer, as it stands, and what it shows images with.
-TOKENIZER = "*token* vocab* merges.txt *.model *.tiktoken *.jinja chat_template*".split()
+TOKENIZER = "tokeniz* *_tokens*.json vocab* merges.txt *.model *.tiktoken *.jinja chat_template*"
+TOKENIZER = TOKENIZER.split()
 IMAGES = ["*processor_config.json"]
 
 
@@ -152,12 +153,12 @@ def load_model(args, adapter, base):
 
 
 def read_vocabulary(args, name):
-    """{token: id} of a tokenizer; which ids its class gives a text does not matter here."""
-    remote = {"trust_remote_code": args.trust_remote_code}
+    """{token: id} of a tokenizer, of tokenizer.json as it stands: a class may add tokens to it."""
     try:
+        return TokenizersBackend.from_pretrained(name).get_vocab()
+    except Exception:  # there is only a sentencepiece file, or code of its own
+        remote = {"trust_remote_code": args.trust_remote_code}
         return AutoTokenizer.from_pretrained(name, **remote).get_vocab()
-    except TypeError:  # a class may not even take in the file
-        return TokenizersBackend.from_pretrained(name, **remote).get_vocab()
 
 
 def prepare_embeddings(model, saved, tokens):
