@@ -20,7 +20,7 @@ from datetime import timedelta
 
 # Variables by which nodes would compute or wait otherwise than each other, as they begin.
 SHARED = ("PYTORCH_", "OMP_NUM_", "BUILD_CACHE", "HF_HOME", "HF_HUB_", "HF_DATASETS_", "CUDA_")
-OWN = ("CUDA_VISIBLE_DEVICES", "CUDA_CACHE_PATH")
+OWN = ("CUDA_VISIBLE_DEVICES", "CUDA_CACHE_PATH", "CUDA_HOME", "CUDA_PATH")
 
 
 def parse(argv):

@@ -191,13 +191,13 @@ def make_examples(source, tokenizer, max_length, form=None):
     first = leading_ids(tokenizer)
     for place, row in read_rows(source):
         try:
-            row, render = keep_run.plain(row, tokenizer) if keep_run else (row, tokenizer)
-            found, examples = format_row(row, render)
+            given = keep_run.plain(row, tokenizer) if keep_run else (row, tokenizer)  # tools, parts
+            found, examples = format_row(*given)
             encoded = [(pieces, *encode(pieces, tokenizer, first)) for pieces in examples]
         except Exception as error:  # a template can raise anything
             fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
         if not form and found in ("messages", "instruction") and turn_end_id(tokenizer) is None:
-            fail("the chat template shows no answer, or no special token to stop at behind it.")
+            fail("the chat template shows not all turns, or no special token to stop at.")
         form = form or found
         check(found == form, f"{place}: a row of another form ({found}) than before ({form}).")
         for pieces, ids, labels in encoded:
@@ -528,9 +528,9 @@ def load_tokenizer(script):
     name, remote = script.model_name_or_path, {"trust_remote_code": script.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(name, **remote).get_text_config()
     tokenizer = exact_tokenizer(name, config.vocab_size, say, **remote)
-    if keep_run:  # it may stand in another file, or take lists of parts alone
-        keep_run.find_template(name, tokenizer, say)
     choose_chat_template(script.chat_template, tokenizer, script.chat_template_kwargs)
+    if keep_run:  # the template may stand in another file, or take lists of parts alone
+        keep_run.find_template(name, script.chat_template, tokenizer, say)
     limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 10**9)
     length = min(1024, limit) if script.max_length is None else script.max_length
     check(2 <= length <= limit, f"--max_length {length} does not fit the {limit} positions.")
@@ -559,11 +559,11 @@ def choose_chat_template(name, tokenizer, values="{}"):
 
 def turn_end_id(tokenizer):
     """The special token that ends an assistant's turn in the chat template, or None."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes!"}]
+    turns = [{"role": "user", "content": "yes!"}, {"role": "assistant", "content": "yes!"}]
     labels = []
     with suppress(Exception):  # a template may not take these turns, and rows may need none
         pieces = chat_pieces(turns, tokenizer)[0]
-        labels = encode(pieces, tokenizer)[1] if "yes!" in pieces[-1][0] else []
+        labels = encode(pieces, tokenizer)[1] if str(pieces).count("yes!") == 2 else []
     # all_special_ids has only those with a role, such as eos_token; Gemma's <end_of_turn> has none.
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added.union(tokenizer.all_special_ids)

@@ -164,8 +164,8 @@ def read_prompts(args, tokenizer):
                 continue
             row = json.loads(row) if isinstance(row, str) else row
             check(isinstance(row, dict), f"{place}: a row must be an object.")
-            given = keep_answers.plain(row, tokenizer) if keep_answers else (row, tokenizer)
-            found, ids = encode_prompt(*given)
+            whole = keep_answers.plain(row, tokenizer) if keep_answers else (row, tokenizer)
+            found, ids = encode_prompt(*whole)
             form = form or found
             check(found == form, f"{place}: another form ({found}) than the rows before ({form}).")
             check(ids, f"{place}: the prompt is empty, there is nothing to answer.")
@@ -192,9 +192,9 @@ def load_tokenizer(args):
         # An adapter may bring rows for new tokens.
         tokenizer = exact_tokenizer(name, config.vocab_size, note, grown=True, **remote)
         check(known <= tokenizer.get_vocab().items(), f"{args.base} has another vocabulary.")
-    if keep_answers:  # it may stand in another file, or take lists of parts alone
-        keep_answers.find_template(name, tokenizer, note)
     choose_chat_template(args.chat_template, tokenizer, args.chat_template_kwargs)
+    if keep_answers:  # the template may stand in another file, or take lists of parts alone
+        keep_answers.find_template(name, args.chat_template, tokenizer, note)
     limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0)
     args.positions = limit or sys.maxsize
     return tokenizer
@@ -241,9 +241,9 @@ def set_generation(args, model, tokenizer, is_chat):
     """Say how to choose tokens and where to stop; of the model's own settings no more is kept."""
     ends = {tokenizer.eos_token_id, tokenizer.get_added_vocab().get("### End")}  # Dolly's
     if is_chat:  # what ends an answer in the template: the last special token behind the prompt
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes!"}]
+        turns = [{"role": "user", "content": "yes!"}, {"role": "assistant", "content": "yes!"}]
         answer = tokenizer.apply_chat_template(turns, tokenize=False)
-        check("yes!" in answer, "the chat template shows no answer. Another: --chat_template FILE.")
+        check(answer.count("yes!") == 2, "the chat template shows not all turns of a conversation.")
         answer = answer.removeprefix(chat_texts(turns, tokenizer)[0])
         # all_special_ids has only those with a role: not Gemma's <end_of_turn>.
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

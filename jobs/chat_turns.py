@@ -1,15 +1,16 @@
 """Conversations that hold more than a text a turn: parts of text, tools, and calls of tools.
 
 The scripts import this file where `jobs` lies beside their directory; alone they refuse such rows.
-The chat template gets the conversation as it stands in the file. What comes back is looked at: a
-call, a tool or a part that the template leaves out is refused, not silently left unlearned.
+Parts are joined; tools and calls go to the chat template. What comes back is looked at: a call, an
+argument or a tool that the template leaves out is refused, not silently left unlearned.
 """
 
 import json
+import os
 from collections import Counter
-from itertools import product
 from pathlib import Path
 
+from model_text import CHAT_TEMPLATE
 from transformers.utils import cached_file
 
 # For templates that know parts alone: a turn's text becomes one.
@@ -21,70 +22,180 @@ AS_PARTS = """{%- set ours = namespace(turns=[]) -%}
 {%- endfor -%}
 {%- set messages = ours.turns -%}
 """
+CALLS = "tool_calls"
 PYTHON = {"true": "True", "false": "False", "null": "None"}  # as some templates write these
-CALLS, LINKS = "tool_calls", ("tool_calls", "tool_call_id")
+FORMS = {}  # of a template: how it takes a call's arguments
 
 
-def find_template(name, tokenizer, say):
-    """Take the template from where it may lie besides; one that takes parts alone gets parts."""
+# ---- The template ----
+
+
+def find_template(name, asked, tokenizer, say):
+    """Where none was `asked` for and ours was set, take one that stands in a processor's file.
+
+    A template that takes parts alone gets the text of each turn as one.
+    """
     quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
-    # Of models that see, it may stand in their processor's file alone.
-    quiet, has_none = dict.fromkeys(quiet, False), tokenizer.chat_template is None
-    if has_none and (file := cached_file(name, "chat_template.json", **quiet)):
-        tokenizer.chat_template = json.loads(Path(file).read_text("utf-8"))["chat_template"]
-        say("template", file)
-    if shown(tokenizer, "\0") is False and shown(tokenizer, [part("\0")]):
-        tokenizer.chat_template = AS_PARTS + tokenizer.chat_template
+    quiet, is_ours = dict.fromkeys(quiet, False), str(tokenizer.chat_template)
+    is_ours = not asked and is_ours.endswith(CHAT_TEMPLATE)
+    if is_ours and (file := cached_file(name, "chat_template.json", **quiet)):
+        found = json.loads(Path(file).read_text("utf-8")).get("chat_template")
+        if isinstance(found, str):
+            tokenizer.chat_template = found
+            say("template", file)
+    parts = [{"type": "text", "text": "\0"}]
+    if shows(tokenizer, "\0") is False and shows(tokenizer, parts):
+        template = tokenizer.chat_template
+        templates = template if isinstance(template, dict) else {"": template}
+        given = {key: AS_PARTS + text for key, text in templates.items()}
+        tokenizer.chat_template = given if isinstance(template, dict) else given[""]
 
 
-def shown(tokenizer, content):
+def shows(tokenizer, content):
     """Whether the template shows a user's turn; None where it takes no such turn."""
     try:
         turns = [{"role": "user", "content": content}]
         return "\0" in tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # there may be no template, or one that asks for more
+    except Exception:  # it may ask for more
         return None
 
 
-def part(text):
-    return {"type": "text", "text": text}
+# ---- Rows ----
 
 
 def plain(row, tokenizer):
     """Return the row with a text a turn, and the tokenizer whose template gets the rest as well.
 
-    Raises ValueError for parts that are no text, and for what the template leaves out.
+    Raises ValueError for parts that are no text, and for what cannot be read.
     """
-    tools = without_nulls(read(row.get("tools") or None))
-    chats = {name: row.get(name) for name in ("messages", "prompt", "chosen", "rejected")}
-    turned = {name: [*map(one_text, chat)] for name, chat in chats.items() if is_chat(chat)}
-    if "messages" not in turned:
-        return row | turned, tokenizer
-    turns = turned["messages"]
-    is_more = [turn.get(CALLS) or texts(turn) or turn.get("role") == "tool" for turn in turns]
-    if not tools and not any(is_more):
-        return row | turned, tokenizer
-    plain_turns = [as_text(turn) for turn in turns]
-    row = {name: value for name, value in row.items() if name != "tools"}
-    row["messages"] = plain_turns
-    problems = []
-    for join, form in product((lambda turn: turn, as_joined), (read, write)):
-        given = [with_arguments(join(turn), form) for turn in turns]
-        renderer = WithTools(tokenizer, plain_turns, given, tools)
+    names = ("prompt", "chosen", "rejected") if "chosen" in row else ("messages",)
+    chats = {name: row[name] for name in names if is_chat(row.get(name))}
+    row = row | {name: [joined(turn) for turn in chat] for name, chat in chats.items()}
+    if "messages" not in chats:
+        return row, tokenizer
+    tools, turns = read_list("tools", row.pop("tools", None)), row["messages"]
+    turns = [with_calls(turn) for turn in turns]
+    row["messages"] = [as_text(turn) for turn in turns]
+    if not tools and row["messages"] == turns:
+        return row, tokenizer
+    if any(turn.get(CALLS) for turn in turns):
+        form = form_of_arguments(tokenizer)
+        turns = [in_form(turn, form) for turn in turns]
+    return row, WithTools(tokenizer, row["messages"], turns, tools)
+
+
+def is_chat(turns):
+    return isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+
+
+def joined(turn):
+    """The turn with a text as content where that was a list of texts."""
+    parts = turn.get("content")
+    if not isinstance(parts, list):
+        return turn
+    for part in parts:
+        is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
+        other = {} if not is_text else {n: v for n, v in part.items() if n not in ("type", "text")}
+        if not is_text or part.get("type", "text") != "text" or any(other.values()):
+            raise ValueError(f"a turn's parts must be text, found {str(part)[:60]}.")
+    return {**turn, "content": "".join(part["text"] for part in parts)}
+
+
+def read_list(name, value):
+    """A list of objects that may stand there as JSON, whole or one by one."""
+    is_json = isinstance(value, str)
+    try:
+        value = json.loads(value) if is_json else value
+        items = [json.loads(v) if isinstance(v, str) else v for v in value or []]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} must be a list of objects, or that as JSON: {error}.") from None
+    if not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"{name} must be a list of objects, found {str(value)[:60]}.")
+    if any(not isinstance(item.get("function", item).get("name"), str) for item in items):
+        raise ValueError(f"{name}: one has no name, found {str(value)[:60]}.")
+    return items if is_json or name == CALLS else [without_nulls(item) for item in items]
+
+
+def without_nulls(value):
+    """What Parquet fills up, so that all rows have the same names, says nothing about a tool."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def with_calls(turn):
+    """The turn with its calls as objects, and their arguments, too."""
+    if not (calls := read_list(CALLS, turn.get(CALLS))):
+        return turn
+    done = []
+    for call in calls:
+        inner = call.get("function", call)
+        given, name = inner.get("arguments") or {}, inner["name"]
+        is_json = isinstance(given, str) or isinstance(turn[CALLS], str)
+        if not is_json and None in leaves(given):
+            problem = "null, as Parquet fills up. Write the arguments as a JSON text"
+            raise ValueError(f"an argument of {name} is {problem}.")
         try:
-            renderer.apply_chat_template(plain_turns, tokenize=False)
-        except Exception as error:  # a template can raise anything
-            problems.append(error)
-        else:
-            return row, renderer
-    raise problems[0]
+            given = json.loads(given) if isinstance(given, str) else given
+        except ValueError:
+            raise ValueError(f"the arguments of {name} are no JSON: {given[:60]}.") from None
+        inner = {**inner, "arguments": given}
+        done.append({**call, "function": inner} if "function" in call else inner)
+    return {**turn, CALLS: done, "content": turn.get("content") or ""}
+
+
+def as_text(turn):
+    """The turn as the scripts look at it: role, and a text that is empty only where it is."""
+    if not turn.get(CALLS) and turn.get("role") != "tool":
+        return turn
+    links = (CALLS, "tool_call_id", "name" if turn["role"] == "tool" else "")
+    rest = {name: value for name, value in turn.items() if name not in links}
+    return rest if rest.get("content") or not turn.get(CALLS) else {**rest, "content": CALLS}
+
+
+def form_of_arguments(tokenizer):
+    """How this template takes a call's arguments: as an object, or as a JSON text."""
+    if tokenizer.chat_template not in FORMS:
+        tool = {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}
+        call = {"name": "f", "arguments": {"k": "value", "b": True}}
+        call = {"id": "abcdefghi", "type": "function", "function": call}
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
+        found = None
+        for form in ("text", "object"):  # the last one that can be
+            turns[1] = in_form({**turns[1], CALLS: [call]}, form)
+            try:
+                tools = [{"type": "function", "function": tool}]
+                text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
+            except Exception:  # it may not take arguments of this kind
+                continue
+            is_twice, is_python = '"{' in text, "{'k'" in text
+            if "value" in text and not (is_twice or is_python):
+                found = form
+        FORMS[tokenizer.chat_template] = found
+    if not FORMS[tokenizer.chat_template]:
+        raise ValueError("the chat template leaves out calls of tools, or their arguments.")
+    return FORMS[tokenizer.chat_template]
+
+
+def in_form(turn, form):
+    if not turn.get(CALLS) or form == "object":
+        return turn
+    calls = []
+    for call in turn[CALLS]:
+        inner = call.get("function", call)
+        inner = {**inner, "arguments": json.dumps(inner["arguments"], ensure_ascii=False)}
+        calls.append({**call, "function": inner} if "function" in call else inner)
+    return {**turn, CALLS: calls}
+
+
+# ---- What the template makes of them ----
 
 
 class WithTools:
-    """A tokenizer whose chat template gets the turns as they stand in the file, and the tools."""
+    """A tokenizer whose chat template gets the calls of the turns, and the tools."""
 
-    def __init__(self, tokenizer, texts, turns, tools):
-        self.tokenizer, self.texts, self.turns, self.tools = tokenizer, texts, turns, tools
+    def __init__(self, tokenizer, shown, turns, tools):
+        self.tokenizer, self.shown, self.turns, self.tools = tokenizer, shown, turns, tools
 
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
@@ -93,103 +204,56 @@ class WithTools:
         return self.tokenizer(*args, **options)
 
     def apply_chat_template(self, messages, **options):
-        turns, render = [*messages], self.tokenizer.apply_chat_template
-        for number, text in enumerate(self.texts[: len(turns)]):
-            if turns[number] == text:
+        turns = [*messages]
+        for number, turn in enumerate(self.shown[: len(turns)]):
+            if turns[number] == turn:
                 turns[number] = self.turns[number]
-        result = render(turns, tools=self.tools, **options)
-        for text in (text for turn in turns for text in texts(turn)):
-            if text.strip() not in result or "[{'type'" in result:
-                raise ValueError(f"the chat template leaves out {text[:60]!r} of a turn's parts.")
+        result, tools = self.render(turns, options, must=True), self.tools
+        bare = [{name: value for name, value in turn.items() if name != CALLS} for turn in turns]
+        without = self.render(bare, options)
+        self.compare(result, without, [w for turn in turns for w in words_of(turn)], "calls")
+        names = [tool.get("function", tool)["name"] for tool in tools]
+        none = self.render(bare, {**options, "tools": None})
+        self.compare(without or result, none, names, "tools")
         said = [turn.get("content") for turn in turns if turn.get("role") == "tool"]
-        for text in (text for text in said if isinstance(text, str)):
-            if not any(form in result for form in forms_of(text)):
-                raise ValueError(f"the chat template leaves out {text[:60]!r}, which a tool said.")
-        try:  # what stands there without them may hold a short name or a number by chance
-            without = render([{**turn, CALLS: None} for turn in turns], **options)
-        except Exception:  # it may refuse a turn without any content
-            without = ""
-        for word, count in Counter(words_of(turns, self.tools)).items():
-            if max(result.count(form) - without.count(form) for form in forms_of(word)) < count:
-                raise ValueError(f"the chat template leaves out {word[:60]!r} of tools or calls.")
+        said = [text for text in said if isinstance(text, str)]
+        self.compare(result, "", said, "what tools said")
+        if turns and turns[-1].get(CALLS):  # what is said beside a call
+            before = self.render(turns[:-1], options)
+            start = len(os.path.commonprefix([before, result]))  # noqa: RUF071 -- of texts
+            self.compare(result[start:], "", [turns[-1]["content"]], "what is said beside calls")
         return result
+
+    def render(self, turns, options, must=False):
+        try:
+            given = {"tools": self.tools or None, **options}
+            return self.tokenizer.apply_chat_template(turns, **given)
+        except Exception:  # without a call, it may refuse a turn
+            if must:
+                raise
+            return ""
+
+    def compare(self, text, without, words, what):
+        """Refuse a text that has these words less often than the turns, beside what it had."""
+        for word, count in Counter(words).items():
+            if max(text.count(form) - without.count(form) for form in forms_of(word)) < count:
+                raise ValueError(f"the chat template leaves out {word[:60]!r} of {what}.")
+
+
+def words_of(turn):
+    """What must be found where a turn's calls are written: names, and values as JSON."""
+    words = []
+    for call in (call.get("function", call) for call in turn.get(CALLS) or ()):
+        given = call["arguments"]
+        given = json.loads(given) if isinstance(given, str) else given
+        words += [call["name"], *leaves(given)]
+    return [word if isinstance(word, str) else json.dumps(word) for word in words]
 
 
 def forms_of(word):
     """A word as templates may write it: as it is, in JSON, in Python."""
-    forms = {word.strip(), PYTHON.get(word, word), json.dumps(word)[1:-1]}
+    forms = {word.strip(), PYTHON.get(word, word), json.dumps(word)[1:-1], repr(word)[1:-1]}
     return forms | {json.dumps(word, ensure_ascii=False)[1:-1]}
-
-
-def words_of(turns, tools):
-    """What must be found where these turns and tools are written: names, values as JSON."""
-    words = [tool.get("function", tool)["name"] for tool in tools or ()]
-    for call in (call for turn in turns for call in turn.get(CALLS) or ()):
-        call = call.get("function", call)
-        words += [call["name"], *leaves(read(call.get("arguments")))]
-    return [word if isinstance(word, str) else json.dumps(word) for word in words]
-
-
-def is_chat(turns):
-    return isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
-
-
-def texts(turn):
-    """The texts of a turn whose content is a list of parts, which must be texts; else none."""
-    if not isinstance(turn.get("content"), list):
-        return []
-    for piece in turn["content"]:
-        if not isinstance(piece, dict) or not isinstance(piece.get("text"), str):
-            raise ValueError(f"a turn's parts must be text, found {str(piece)[:60]}.")
-    return [piece["text"] for piece in turn["content"]]
-
-
-def one_text(turn):
-    """The turn, with its text where its content is a list of one part."""
-    return {**turn, "content": texts(turn)[0]} if len(texts(turn)) == 1 else turn
-
-
-def as_joined(turn):
-    return {**turn, "content": "".join(texts(turn))} if texts(turn) else turn
-
-
-def as_text(turn):
-    """The turn as the scripts look at it: role, and a text that is empty only where it is."""
-    rest = {name: value for name, value in as_joined(turn).items() if name not in LINKS}
-    if turn.get("role") == "tool":
-        rest.pop("name", None)
-    return rest if rest.get("content") or not turn.get(CALLS) else {**rest, "content": CALLS}
-
-
-def with_arguments(turn, form):
-    """The turn, the arguments of its calls in this form, and an empty text instead of none."""
-    if not turn.get(CALLS):
-        return turn
-    calls = []
-    for call in read(turn[CALLS]):
-        inner = call.get("function", call)
-        problem = "an argument is null, as Parquet fills up: write the arguments as a JSON text."
-        if None in leaves(inner.get("arguments") or {}):
-            raise ValueError(problem)
-        inner = {**inner, "arguments": form(inner.get("arguments") or {})}
-        calls.append({**call, "function": inner} if "function" in call else inner)
-    return {**turn, CALLS: calls, "content": turn.get("content") or ""}
-
-
-def read(value):
-    """What a JSON text says: tools, calls and arguments are often stored as such."""
-    return json.loads(value) if isinstance(value, str) else value
-
-
-def write(value):
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def without_nulls(value):
-    """What Parquet fills up, so that all rows have the same names, says nothing about a tool."""
-    if isinstance(value, dict):
-        return {name: without_nulls(item) for name, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def leaves(value):

@@ -9,6 +9,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import torch
 import yaml
 from check_arguments import check_arguments
 from run_common import check, read_deadline, say
@@ -17,8 +18,9 @@ from run_files import check_lock, find_checkpoints, find_complete, take_lock, wh
 # Arguments that change no weight, by their beginnings; some only where no evaluation matters.
 LED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 FREE = ("output_dir", "resume_from", "ddp_timeout", "log", "report_to", "run_name", "dataloader_")
-# What finetune_full.py holds itself, and others import.
-PARTS = ("model_text", "script_parts", "pair_trainer", "keep_grpo")
+FREE += ("save_total_limit",)
+# What decides on ids and weights beside the script itself, if it imports that.
+PARTS = ("model_layers", "model_text", "script_parts", "pair_trainer", "keep_grpo")
 FREE_WITHOUT_BEST = ("eval_", "save_", "per_device_eval", "validation")
 
 
@@ -31,7 +33,12 @@ def find_run(script, training, given, source):
     check_arguments(script, training, given)
     training.deadline = read_deadline()
     with training.main_process_first(local=False):
-        return _find_run(script, training, given, source)
+        found = _find_run(script, training, given, source)
+    if not found:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # or a rank may end by SIGABRT
+        raise SystemExit(0)
+    return found
 
 
 def _find_run(script, training, given, source):
@@ -43,41 +50,74 @@ def _find_run(script, training, given, source):
     is_first, lock = training.process_index == 0, output_dir / "lock"
     if is_first:
         check_lock(lock)
-    run_id, changed = what_changed(output_dir, training, given, data)
+    before, changed = what_changed(output_dir, training, given, data)
+    run_id = before.get("id")
     others = [] if run_id else ["config.json", "adapter_config.json"]
     others = [name for name in others if (output_dir / name).exists()]
     complete, resume = find_complete(output_dir, run_id if is_first else None), None
-    if wanted.lower() not in ("true", "false"):  # named: it may be another run's
+    named = None if wanted.lower() in ("true", "false") else str(Path(wanted).resolve())
+    since = came_after(complete, named) + [output_dir / "all_results.json"] * is_finished
+    is_again = named and named == before.get("from_checkpoint")
+    if named and not (is_again and since):
         resume, complete = Path(wanted), []
-        check(not what_lacks(resume), f"{resume} is no complete checkpoint: {what_lacks(resume)}.")
-        is_same = not run_id or resume.resolve().parent == output_dir.resolve()
-        check(is_same, f"it holds another run than the checkpoint's. {advice}")
-        changed = what_changed(resume.parent, training, given, data)[1]
-        changed += what_is_lost(resume, training)
-        say("not exact" if changed else "exact", "; ".join(changed) or "the same run")
+        is_ours = not run_id or is_again or resume.resolve().parent == output_dir.resolve()
+        check(is_ours, f"it holds another run than the checkpoint's. {advice}")
+        changed = start_from(resume, training, given, data, since)
     elif is_finished or complete:
         if wanted.lower() == "false":
             changed.append("a new start")
         check(not changed, f"it holds another run ({'; '.join(changed)}). {advice}")
         if is_finished:
             say("finished", f"{output_dir} holds this run's result")
-            raise SystemExit(0)
+            return None
         resume = complete[-1]
         lost = what_is_lost(resume, training)
         check(not lost, f"{resume} cannot be continued exactly: {', '.join(lost)}. {advice}")
         training.restore_callback_states_from_checkpoint = True  # early stopping counts on
     run_id = run_id if resume or not changed else None
     run = {"id": run_id or os.urandom(4).hex(), "data": data}
+    if start := named or (resume and before.get("from_checkpoint")):
+        run["from_checkpoint"] = start
     ours = [*complete, *find_checkpoints(output_dir, run["id"])]
     others += [path.name for path in find_checkpoints(output_dir) if path not in ours]
     check(not others, f"{', '.join(others)} would be overwritten. {advice}")
     if is_first:
         take_lock(lock)
+    run |= {"hostname": os.uname().nodename, "git_commit": git_commit(source)}
+    return resume and str(resume), run
+
+
+def git_commit(source):
+    """The commit that a script is of, with -dirty behind it where files have changed; or None."""
     git = "git describe --always --abbrev=40 --dirty --exclude '*'"  # no tags: the commit
     here = Path(source).resolve().parent
     done = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
-    run |= {"hostname": os.uname().nodename, "git_commit": done.stdout.strip() or None}
-    return resume and str(resume), run
+    return done.stdout.strip() or None
+
+
+def start_from(checkpoint, training, given, data, since):
+    """Say how exactly a checkpoint named by hand is continued; return what differs.
+
+    It may be another run's. `since` is what the output_dir holds of later steps, or a result.
+    """
+    lacks, place = what_lacks(checkpoint), checkpoint.resolve().parent
+    check(not lacks, f"{checkpoint} is no complete checkpoint: {lacks}.")
+    later = [str(path) for path in since if path.resolve().parent == place]
+    advice = "Choose another --output_dir, or move them."
+    check(not later, f"{', '.join(later)} came after {checkpoint}. {advice}")
+    changed = what_changed(place, training, given, data)[1] + what_is_lost(checkpoint, training)
+    say("not exact" if changed else "exact", "; ".join(changed) or "the same run")
+    return changed
+
+
+def came_after(checkpoints, named):
+    """Of these checkpoints, those of a later step than one that is named, or of another place."""
+    if not named:
+        return []
+    near = [path for path in checkpoints if path.resolve().parent == Path(named).parent]
+    number = Path(named).name[11:]
+    later = [path for path in near if number.isdecimal() and int(path.name[11:]) > int(number)]
+    return later + [path for path in checkpoints if path not in near]
 
 
 def describe(script, source):
@@ -86,7 +126,8 @@ def describe(script, source):
     uses += [("validation", file) for file in script.validation_file or []]
     uses += [("template", file) for file in [script.chat_template or ""] if Path(file).is_file()]
     text, here = Path(source).read_text("utf-8"), Path(__file__)
-    held = [name for name in PARTS if f"from {name} import" in text]
+    held = [name for name in PARTS if f"from {name} import" in text or f"import {name}\n" in text]
+    held.append("chat_turns")
     uses += [("script", file) for file in [source, *(here.with_name(f"{n}.py") for n in held)]]
     described = []
     for use, file in uses:
@@ -98,7 +139,7 @@ def describe(script, source):
 
 
 def what_changed(directory, training, given, data):
-    """Return (id of the run on record in a directory, what differs that may change a weight)."""
+    """Return (the run on record in a directory, what differs that may change a weight)."""
     record = Path(directory, "run_args.yaml")
     before = (yaml.safe_load(record.read_text("utf-8")) if record.is_file() else None) or {}
     run = before.pop("run", None) or {}
@@ -111,7 +152,10 @@ def what_changed(directory, training, given, data):
     was, now = ([f for f in d if not f.get("use", "").startswith(free)] for d in (was, data))
     if was != now:
         changed.append("other data, chat template or another script")
-    return run.get("id"), changed
+    precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+    if run.get("precision", precision) != precision:
+        changed.append(f"precision {run['precision']}, now {precision}")
+    return run, changed
 
 
 def what_is_lost(checkpoint, training):

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -235,4 +236,5 @@ def finish(args, rows, answers):
     new.replace(output)
     name = glob.escape(f"{output.name}.partial")
     for file in [*output.parent.glob(name), *output.parent.glob(f"{name}.*")]:
-        file.unlink()
+        if re.fullmatch(r"(\.(\d+|claimed|stop|end\d+))?", file.name.removeprefix(output.name)[8:]):
+            file.unlink()

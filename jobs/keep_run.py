@@ -102,6 +102,9 @@ class KeepRun(transformers.TrainerCallback):
         for path in Path(args.output_dir).glob("checkpoint-*.incomplete"):
             if read_mark(path).get("run") == self.run_id and state.is_world_process_zero:
                 remove(path)
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)  # the directory may have moved since
         self.check_disk(args, state)
 
     def check_disk(self, args, state):
@@ -160,6 +163,8 @@ class KeepRun(transformers.TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.saving = 0  # from now on it is in the longest step
+        if args.local_process_index == 0:
+            os.sync()  # of each node: what the mark names must be on the disk
         self.trainer.accelerator.wait_for_everyone()  # all have written
         if args.should_save:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}")
@@ -223,8 +228,9 @@ def hold(training, run):
     except Exception as error:
         if not any(words in str(error) for words in FULL):
             raise
-        for path in find_checkpoints(training.output_dir, run["id"]):
-            if what_lacks(path):
+        incomplete = [p for p in find_checkpoints(training.output_dir, run["id"]) if what_lacks(p)]
+        for path in incomplete if training.process_index == 0 else ():
+            with suppress(OSError):  # another process may still be writing there
                 remove(path)
         leave(f"the disk is full, the last checkpoint is whole: {error}", alone=True)
     if training.process_index == 0:

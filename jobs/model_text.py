@@ -114,11 +114,11 @@ def choose_chat_template(name, tokenizer, values="{}"):
 # Copied from finetune_full/finetune_full.py
 def turn_end_id(tokenizer):
     """The special token that ends an assistant's turn in the chat template, or None."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes!"}]
+    turns = [{"role": "user", "content": "yes!"}, {"role": "assistant", "content": "yes!"}]
     labels = []
     with suppress(Exception):  # a template may not take these turns, and rows may need none
         pieces = chat_pieces(turns, tokenizer)[0]
-        labels = encode(pieces, tokenizer)[1] if "yes!" in pieces[-1][0] else []
+        labels = encode(pieces, tokenizer)[1] if str(pieces).count("yes!") == 2 else []
     # all_special_ids has only those with a role, such as eos_token; Gemma's <end_of_turn> has none.
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added.union(tokenizer.all_special_ids)

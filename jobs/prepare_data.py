@@ -44,8 +44,22 @@ class Rows:
         return str(self.data)
 
 
-def from_generator(generator, features, gen_kwargs, fingerprint):
+def from_generator(*args, **options):
     """The same as Dataset.from_generator gives, made by several processes where it has many rows.
+
+    A cache that cannot be written is named.
+    """
+    try:
+        return make_dataset(*args, **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        cache = datasets.config.HF_DATASETS_CACHE
+        fail(f"{error.__cause__}: the cache {cache} cannot be written. Make room, or set HF_HOME.")
+
+
+def make_dataset(generator, features, gen_kwargs, fingerprint):
+    """Dataset.from_generator, or that of the parts.
 
     `gen_kwargs` have a `source`; the generator takes parts of it as (file, start, stop), and as
     `form` what the rows before a part are.

@@ -20,7 +20,8 @@ from run_common import check, say
 def check_lock(path):
     """Refuse an output_dir in which another run lives: that touches the file `lock` there."""
     if path.exists():
-        host, pid = [*path.read_text("utf-8").split(), "?", "?"][:2]
+        host, pid = [*path.read_text("utf-8", errors="replace").split(), "?", "?"][:2]
+        check(pid.isdecimal(), f"{path} is no run's lock: move it, or choose another --output_dir.")
         age, is_here = time.time() - path.stat().st_mtime, host == os.uname().nodename
         is_gone = is_here and (pid == str(os.getpid()) or not Path("/proc", pid).exists())
         wait = f"Take another, or wait {120 - age:.0f} s, if it was killed."
@@ -57,10 +58,13 @@ def find_complete(output_dir, run_id):
     for path, lacks in found.items():
         mark = path / "run_id"
         if lacks and run_id and mark.exists() and read_mark(path).get("run", run_id) == run_id:
-            say("incomplete", f"{path} lacks {lacks}: set aside as {path.name}.incomplete")
-            shutil.rmtree(f"{path}.incomplete", ignore_errors=True)  # of an earlier kill
+            aside = Path(f"{path}.incomplete")
+            is_ours = not aside.exists() or read_mark(aside).get("run") == run_id
+            check(is_ours, f"{aside} is in the way: move it, or choose another --output_dir.")
+            say("incomplete", f"{path} lacks {lacks}: set aside as {aside.name}")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier kill
             mark.write_text(json.dumps({"run": run_id}))
-            path.rename(f"{path}.incomplete")
+            path.rename(aside)
     return [path for path, lacks in found.items() if not lacks]
 
 

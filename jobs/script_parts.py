@@ -61,9 +61,9 @@ def load_tokenizer(script):
     name, remote = script.model_name_or_path, {"trust_remote_code": script.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(name, **remote).get_text_config()
     tokenizer = exact_tokenizer(name, config.vocab_size, say, **remote)
-    if keep_run:  # it may stand in another file, or take lists of parts alone
-        keep_run.find_template(name, tokenizer, say)
     choose_chat_template(script.chat_template, tokenizer, script.chat_template_kwargs)
+    if keep_run:  # the template may stand in another file, or take lists of parts alone
+        keep_run.find_template(name, script.chat_template, tokenizer, say)
     limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 10**9)
     length = min(1024, limit) if script.max_length is None else script.max_length
     check(2 <= length <= limit, f"--max_length {length} does not fit the {limit} positions.")

@@ -497,6 +497,27 @@ def test_a_checkpoint_named_by_hand(script, words, tmp_path, capsys):
     more = [*words, "--resume_from_checkpoint", out / "checkpoint-4", "--learning_rate", "1e-4"]
     assert start(script, *more, "--output_dir", tmp_path / "other") == 0
     assert "not exact  --learning_rate 0.001, now 0.0001" in capsys.readouterr().out
+    # Stopped, the same command goes on from there, not from the checkpoint again.
+    for place, named in (("a", out / "checkpoint-2"), (None, out / "checkpoint-6")):
+        to = tmp_path / "cut" if place else out
+        again = [*words, "--max_steps", "9", "--resume_from_checkpoint", named]
+        again += ["--output_dir", to]
+        if not place:  # what came after it would be taken for this run's: the result, here
+            line = refused_plainly(script, capsys, *again)
+            assert "all_results.json came after" in line
+            (out / "all_results.json").unlink()
+        to.mkdir(exist_ok=True)
+        (to / "STOP").touch()
+        assert start(script, *again) == 75
+        begun = keep_run.find_checkpoints(to)[-1]
+        assert int(begun.name[11:]) == int(named.name[11:]) + 1
+        (to / "run_args.yaml").write_text((to / "run_args.yaml").read_text())
+        capsys.readouterr()
+        assert start(script, *again) == 0 and f"resume     {begun}" in capsys.readouterr().out
+        assert start(script, *again) == 0 and "finished" in capsys.readouterr().out
+    named = ["--resume_from_checkpoint", out / "checkpoint-4", "--output_dir", out]
+    line = refused_plainly(script, capsys, *words, *named)
+    assert "checkpoint-6" in line and "came after" in line
 
 
 @pytest.mark.parametrize("value", ["soon", "25:00", "12:60", "10:00:00", "1h", "nan", "-1"])
