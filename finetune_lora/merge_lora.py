@@ -26,13 +26,13 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, TokenizersBackend
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))  # for notes alone
-# What else belongs to a model: its tokenizer, as it stands, and what it shows images with.
-TOKENIZER = "tokeniz* *_tokens*.json vocab* merges.txt *.model *.tiktoken *.jinja chat_template*"
-TOKENIZER = TOKENIZER.split()
-IMAGES = ["*processor_config.json"]
+# What transformers does not write, or not as it was: of the tokenizer, and what shows images.
+TOKENIZER = ("special_tokens_map.json", "added_tokens.json")
+OTHERS = ("tokenizer.model", "spiece.model", "preprocessor_config.json", "processor_config.json")
+OTHERS += ("video_preprocessor_config.json", "chat_template.json")
 
 
 def main(argv=None):
@@ -42,9 +42,10 @@ def main(argv=None):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        adapter = local(args.adapter_name_or_path)
+        name = args.adapter_name_or_path
+        adapter = Path(name if Path(name).is_dir() else snapshot_download(name))
         base, dtype = find_base(args, adapter)
-        model, ids, alone = load_model(args, adapter, base)
+        model, tokenizer, ids, alone = load_model(args, adapter, base)
         wanted = logits_of(model, ids)
         check(wanted.isfinite().all(), f"the adapter lacks rows for tokens that {base} lacks.")
         with warnings.catch_warnings(action="ignore"):
@@ -52,7 +53,7 @@ def main(argv=None):
         merged = logits_of(model, ids)
         check_same("the merged model", merged, wanted)
         size, tied = model.num_parameters(), "tied" if is_tied(model) else "untied"
-        cast, reloaded = write(args, adapter, base, model, dtype, ids)
+        cast, reloaded = write(args, adapter, base, model, tokenizer, dtype, ids)
     except Exception as error:  # damaged files can raise anything
         why = error if " " in str(error) else repr(error)
         fail(f"{args.adapter_name_or_path} cannot be merged: {why}")
@@ -75,11 +76,6 @@ def main(argv=None):
 
 
 # ---- What is merged ----
-
-
-def local(name, patterns=None):
-    """The directory of this name; of a hub name, the local copy of its files (of these)."""
-    return Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=patterns))
 
 
 def find_base(args, adapter):
@@ -124,7 +120,7 @@ def load_base(args, name):
 
 
 def load_model(args, adapter, base):
-    """Return (base + adapter in fp32, ids to try it on, the base's logits)."""
+    """Return (base + adapter in fp32, tokenizer, ids to try it on, the base's logits)."""
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
@@ -133,11 +129,15 @@ def load_model(args, adapter, base):
         from model_layers import say_rounding
 
         say_rounding(adapter, model)
-    rows, vocabulary = len(model.get_input_embeddings().weight), read_vocabulary(args, base)
+    rows, tokenizer = len(model.get_input_embeddings().weight), read_tokenizer(args, base)
+    known = tokenizer.get_vocab()
+    convert = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {base}"
+    check(max(known.values()) < rows, f"{base} has more tokens than rows. Convert it: {convert}")
     if (adapter / "tokenizer_config.json").is_file():  # it may have new tokens besides
-        known, vocabulary = vocabulary, read_vocabulary(args, str(adapter))
-        check(known.items() <= vocabulary.items(), f"{base} has another vocabulary than it.")
-    tokens = max(vocabulary.values()) + 1
+        tokenizer = read_tokenizer(args, str(adapter))
+        is_same = known.items() <= tokenizer.get_vocab().items()
+        check(is_same, f"{base} has another vocabulary than it.")
+    tokens = max(tokenizer.get_vocab().values()) + 1
     ids = torch.randint(rows, (2, 16), generator=torch.Generator().manual_seed(0))
     alone = logits_of(model, ids)
     prepare_embeddings(model, saved, tokens)
@@ -149,16 +149,15 @@ def load_model(args, adapter, base):
     problem = f"{args.adapter_name_or_path} does not fit on {base}, which lacks {unknown}."
     check(not unknown, problem)
     new = torch.arange(rows, max(rows, tokens)).expand(2, -1)[:, -16:]
-    return model, torch.cat([ids, new], 1), alone
+    return model, tokenizer, torch.cat([ids, new], 1), alone
 
 
-def read_vocabulary(args, name):
-    """{token: id} of a tokenizer, of tokenizer.json as it stands: a class may add tokens to it."""
+def read_tokenizer(args, name):
+    """The tokenizer of tokenizer.json as it stands: a class may add tokens to it."""
     try:
-        return TokenizersBackend.from_pretrained(name).get_vocab()
+        return TokenizersBackend.from_pretrained(name)
     except Exception:  # there is only a sentencepiece file, or code of its own
-        remote = {"trust_remote_code": args.trust_remote_code}
-        return AutoTokenizer.from_pretrained(name, **remote).get_vocab()
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
 
 
 def prepare_embeddings(model, saved, tokens):
@@ -177,7 +176,7 @@ def prepare_embeddings(model, saved, tokens):
         model.config.tie_word_embeddings = False
 
 
-def write(args, adapter, base, model, dtype, ids):
+def write(args, adapter, base, model, tokenizer, dtype, ids):
     """Cast the model, write it, read it back; return both logits. What is wrong does not stay."""
     if (adapter / "generation_config.json").is_file():  # with the tokens that end an answer
         model.generation_config = GenerationConfig.from_pretrained(adapter)
@@ -185,8 +184,9 @@ def write(args, adapter, base, model, dtype, ids):
         kind = {"bf16": "bfloat16", "fp16": "half", "fp32": "float"}[dtype]
         parameter.data = getattr(parameter.data, kind)()
     with tempfile.TemporaryDirectory(prefix="partial-", dir=args.output_dir) as written:
+        tokenizer.save_pretrained(written)
+        copy_files(adapter, base, written)
         model.save_pretrained(written)
-        copy_files(adapter, base, Path(written))
         os.umask(mask := os.umask(0))
         for path in Path(written).glob("*.safetensors"):
             path.chmod(0o666 & ~mask)  # safetensors writes for the owner only
@@ -206,16 +206,15 @@ def write(args, adapter, base, model, dtype, ids):
     return cast, reloaded
 
 
-def copy_files(adapter, base, target):
-    """Copy the tokenizer and what shows images: the adapter's own, the base's where it has none."""
-    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-    # Besides its tokenizer.json, some classes read the base's sentencepiece file.
-    rest = ["tokenizer.model", "spiece.model"] if has_tokenizer else TOKENIZER
-    for source, patterns in ((adapter, TOKENIZER + IMAGES), (base, rest + IMAGES)):
-        directory = local(source, patterns)
-        for file in [file for pattern in patterns for file in directory.glob(pattern)]:
-            if file.is_file() and not (target / file.name).exists():
-                shutil.copyfile(file, target / file.name)
+def copy_files(adapter, base, written):
+    """Put the published files in place of what transformers wrote of them, and beside them."""
+    own = adapter if (adapter / "tokenizer_config.json").is_file() else base
+    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+    for name in [*os.listdir(written), *TOKENIZER, *OTHERS]:  # noqa: PTH208 -- names
+        for source in (adapter, base) if name in OTHERS else (own,):
+            if file := cached_file(str(source), name, **dict.fromkeys(quiet, False)):
+                shutil.copyfile(file, Path(written, name))
+                break
 
 
 # ---- Comparing ----

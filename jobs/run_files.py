@@ -20,8 +20,10 @@ from run_common import check, say
 def check_lock(path):
     """Refuse an output_dir in which another run lives: that touches the file `lock` there."""
     if path.exists():
-        host, pid = [*path.read_text("utf-8", errors="replace").split(), "?", "?"][:2]
-        check(pid.isdecimal(), f"{path} is no run's lock: move it, or choose another --output_dir.")
+        text = path.read_text("utf-8", errors="replace")  # empty after a crash
+        host, pid = [*text.split(), "?", "?"][:2]
+        is_lock, advice = not text or pid.isdecimal(), "move it, or choose another --output_dir."
+        check(is_lock, f"{path} is no run's lock: {advice}")
         age, is_here = time.time() - path.stat().st_mtime, host == os.uname().nodename
         is_gone = is_here and (pid == str(os.getpid()) or not Path("/proc", pid).exists())
         wait = f"Take another, or wait {120 - age:.0f} s, if it was killed."

@@ -354,12 +354,26 @@ def test_what_comes_along(merge, checkpoints, tmp_path, capsys):
         shutil.copy(adapter / file, tmp_path / "bare")
     (base / "preprocessor_config.json").write_text("{}")
     (base / "notes.txt").write_text("not the model's")
+    (tmp_path / "bare" / "chat_template.jinja").write_text("alone it is no tokenizer")
+    (tmp_path / "bare" / "hf_token").write_text("secret")
     call(merge, adapter_name_or_path=tmp_path / "bare", output_dir=tmp_path / "o3")
     came = {file.name for file in (tmp_path / "o3").iterdir()}
     wanted = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
     assert came - {"README.md"} == wanted | {"preprocessor_config.json"} | WRITTEN
     for name in wanted | {"preprocessor_config.json"}:
         assert (tmp_path / "o3" / name).read_bytes() == (base / name).read_bytes(), name
+    # named templates of an adapter's tokenizer; and a base with more tokens than rows
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(adapter)
+    call(merge, adapter_name_or_path=adapter, output_dir=tmp_path / "o4")
+    assert AutoTokenizer.from_pretrained(tmp_path / "o4").chat_template == tokenizer.chat_template
+    more = make_tokenizer()
+    more.add_tokens(["<a>", "<b>"])
+    shutil.copytree(base, tmp_path / "more")
+    more.save_pretrained(tmp_path / "more")
+    options = {"adapter_name_or_path": tmp_path / "bare", "output_dir": tmp_path / "o5"}
+    line = refused(merge, capsys, **options, base_model_name_or_path=tmp_path / "more")
+    assert "more tokens than rows" in line and "convert_tokenizer.py" in line
     # an adapter that was never trained gives the base, and that is said
     state = load_file(adapter / "adapter_model.safetensors")
     zero = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in state.items()}
