@@ -17,7 +17,6 @@ As a job qsub -P GROUP job.sh
 Follows  https://arxiv.org/abs/2402.03300 by https://huggingface.co/docs/trl/grpo_trainer
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -63,13 +62,16 @@ def reward(row, answer):
     """What an answer earns, in parts by name; their sum counts. Edit this to train anything else.
 
     `row` is a row of the training file with all its fields, none of which the model has seen but
-    the prompt. By default: a choice by its number, as ../jglue/prepare_jglue.py asks for it.
+    the prompt. By default: a choice, by its number or as it stands, as ../jglue/prepare_jglue.py
+    asks for it.
     """
-    numbers = [str(number) for number in range(len(row["choices"]))]
-    number = re.match(r"\d*", answer.strip()).group()  # that it begins with: 22 is not 2
+    choices, said = row["choices"], answer.strip()
+    if row["completion"] not in choices:  # a choice goes by its number
+        choices = [str(number) for number in range(len(choices))]
+    begins = [c for c in choices if said.startswith(c) and not said[len(c) :][:1].isdigit()]
     return {
-        "right": 1.0 if number == row["completion"] else 0.0,
-        "form": 0.2 if answer.strip() in numbers else 0.0,  # the number and no word more
+        "right": 1.0 if begins == [row["completion"]] else 0.0,  # 22 is not 2
+        "form": 0.2 if said in choices else 0.0,  # the choice and no word more
     }
 
 

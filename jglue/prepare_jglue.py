@@ -17,6 +17,7 @@ Costs seconds. Data: Kurihara et al. 2022, https://aclanthology.org/2022.lrec-1.
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -65,7 +66,8 @@ def jnli_row(row):
     prompt += "\n関係（含意、矛盾、中立）："
     label = row.get("label")
     answer = None if label is None else JNLI_ANSWERS[label]
-    return row["sentence_pair_id"], prompt, answer, {"label": label}
+    more = {"label": label, "choices": [*JNLI_ANSWERS.values()]}
+    return row["sentence_pair_id"], prompt, answer, more
 
 
 def jsts_row(row):
@@ -171,7 +173,8 @@ def make_pairs(task, rows):
         wrong = [answer for answer in CHOICES[task] if answer != row["completion"]]
         if len(wrong) == len(CHOICES[task]):
             fail(f"{task} answers {row['completion']}, not one of CHOICES. Edit CHOICES alike.")
-        if words := row.get("choices"):  # two choices can have the same words: both are right
+        words = row["choices"]
+        if row["completion"] not in words:  # two choices can have the same words: both are right
             wrong = [n for n in wrong if words[int(n)] != words[row["label"]]]
         if not wrong:
             fail(f"{task}, id {row['id']}: all choices are the same. Fetch JGLUE again.")
@@ -186,7 +189,17 @@ def write_rows(path, rows):
     part = path.with_name(f".{path.name}.part")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     part.write_text(text, encoding="utf-8")
+    if path.exists() and path.read_bytes() != part.read_bytes():
+        set_aside(path)  # of other data, or edited
     part.replace(path)
+
+
+def set_aside(path):
+    """Give a file another name, which no file has, and say so."""
+    names = (path.with_name(f"{path.name}.before{n or ''}") for n in itertools.count())
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    print(f"kept       {path} was of other data, or edited: it is {aside.name} now")
 
 
 def prepare_task(task, found, output_dir):
@@ -211,13 +224,12 @@ def prepare_task(task, found, output_dir):
             if task in CHOICES and split != "test":
                 write_rows(preferences, make_pairs(task, rows))
                 print(f"{line} {len(rows):>7,} preference pairs -> {preferences}")
-        elif output.exists() or preferences.exists():
-            # Of an earlier run: the two splits would be of different data.
-            output.unlink(missing_ok=True)
-            preferences.unlink(missing_ok=True)
-            print(f"{line} not in {directory}; removed {output}, which was of other data")
-        elif split != "test":
-            print(f"{line} not in {directory}")
+        else:
+            for file in (output, preferences):
+                if file.exists():  # the two splits would be of different data
+                    set_aside(file)
+            if split != "test":
+                print(f"{line} not in {directory}")
 
 
 def main(argv=None):

@@ -204,7 +204,7 @@ def test_a_task_held_out(standing_in, tmp_path, capsys):
         assert words["--train_file"] == f"{out}/jnli_{file}.jsonl"
         assert words["--max_steps"] == steps
     row = json.loads((out / "jnli_rewards.jsonl").open(encoding="utf-8").readline())
-    assert row["choices"] == ["中立", "含意", "矛盾"] and row["completion"] in row["choices"]
+    assert row["choices"] == ["含意", "矛盾", "中立"] and row["completion"] in row["choices"]
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 

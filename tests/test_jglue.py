@@ -335,6 +335,7 @@ def test_prompts_word_for_word(small, tmp_path, capsys):
                 "prompt": "前提：猫がいます。\n仮説：動物がいます。\n関係（含意、矛盾、中立）：",
                 "completion": "含意",
                 "label": "entailment",
+                "choices": ["含意", "矛盾", "中立"],
             }
         ],
         "jsts": [
@@ -371,8 +372,13 @@ def test_splits_test_and_stale(small, tmp_path, capsys):
     prepare(small, out)
     shown = capsys.readouterr().out
     assert (
-        not (out / "jsquad_train.jsonl").exists() and "removed" in shown
-    )  # the sample's would be of other data
+        not (out / "jsquad_train.jsonl").exists() and "jsquad_train.jsonl.before now" in shown
+    )  # the sample's would be of other data; nobody's rows are lost
+    assert (out / "jsquad_train.jsonl.before").read_bytes() == first
+    (out / "jnli_test.jsonl").write_text("edited by hand")
+    prepare(small, out)
+    assert (out / "jnli_test.jsonl.before").read_text() == "edited by hand"
+    assert "edited: it is jnli_test.jsonl.before now" in capsys.readouterr().out
     assert (out / "mine.txt").read_text() == "kept" and not list(out.glob(".*"))
     (row,) = read_lines(out / "jcommonsenseqa_test.jsonl")
     assert set(row) == {"id", "prompt"} and "1 without an answer" in shown
