@@ -67,6 +67,7 @@ def answers(name, limit, more, on_cpu=None, expected="", **others):
     return Item(name, what, kinds.answers, "llama", expected, limit, more, on_cpu, **others)
 
 
+HEAD_ALONE = "--lora_target_modules none --modules_to_save lm_head"
 AS_ON_A_CPU = [
     exact("full_fp32", "full llama", EXACT, FP32),
     exact("full_bf16", "full llama", ROUGH, BF16),
@@ -76,6 +77,7 @@ AS_ON_A_CPU = [
     exact("lora_bf16", "lora llama", ROUGH, BF16),
     exact("lora_fp16", f"lora llama {SLOWLY}", FINE, FP16, FP32),
     exact("lora_8bit", f"lora llama {IN_8BIT}", ROUGHER, BF16, needs="bitsandbytes"),
+    exact("head_8bit", f"lora llama {HEAD_ALONE} {IN_8BIT}", ROUGHER, BF16, needs="bitsandbytes"),
     exact("lora_4bit", f"lora llama {IN_4BIT}", ROUGH, BF16, needs="bitsandbytes"),
     attention("sdpa"),
     attention("eager"),
@@ -89,11 +91,16 @@ AS_ON_A_CPU = [
     exact("zero3", "full llama", ROUGH, f"{ZERO3} {BF16}", f"--launched {BF16}", needs="deepspeed"),
     saved("zero2_saved", ZERO2),
     saved("zero3_saved", ZERO3),
+    saved("zero1_saved", ZERO2.replace("zero2", "zero1")),
+    saved("zero2_offload_saved", ZERO2.replace("zero2", "zero2_offload")),
+    saved("zero3_offload_saved", ZERO3.replace("zero3", "zero3_offload")),
     exact("ranks_2", "full llama", ROUGH, f"{BF16} --launched", gpus=2),
     answers("answers_fp32", 1.0, FP32),
     answers("answers_bf16", 0.5, BF16),
     answers("answers_fp16", 0.5, FP16, FP32),
     answers("answers_8bit", 0.0, f"{BF16} {IN_8BIT}", expected="their share", needs="bitsandbytes"),
+    answers("answers_8bit_batch", 0.0, f"{BF16} {IN_8BIT} --batch_size 24", expected="their share",
+            needs="bitsandbytes"),
     answers("answers_4bit", 0.0, f"{BF16} {IN_4BIT}", expected="their share", needs="bitsandbytes"),
     answers("answers_batch", 0.5, f"{BF16} --batch_size 24", expected="≥ 50% as one at a time"),
     answers("answers_ranks_2", 1.0, FP32, gpus=2),

@@ -48,6 +48,7 @@ class KeepRun(transformers.TrainerCallback):
         args, self.trainer, self.run_id = trainer.args, trainer, run["id"]
         self.base = given["model_name_or_path"]
         self.keep = given.get("save_total_limit") or sys.maxsize
+        keep_ends(trainer.model.generation_config, self.base)
         weights, trained = run["total_parameters"], run["trainable_parameters"]
         moments = (2 if "8bit" in args.optim else 8) + 8 * bool(args.deepspeed)
         if hasattr(trainer.model, "peft_config"):
@@ -177,6 +178,14 @@ class KeepRun(transformers.TrainerCallback):
             for name in ("STOP", "lock") if state.is_world_process_zero else ():
                 Path(args.output_dir, name).unlink(missing_ok=True)
             leave(f"by {self.reason or 'SIGTERM'} after step {state.global_step}, which is saved")
+
+
+def keep_ends(settings, base):
+    """Where the makers name several ends, such as that of a tool's call, keep them, too."""
+    with suppress(Exception):  # a model may come without such settings
+        ends = transformers.GenerationConfig.from_pretrained(base).eos_token_id
+        if isinstance(ends, list):
+            settings.eos_token_id = sorted({*settings.eos_token_id, *ends})
 
 
 def draw_nothing(evaluate):

@@ -6,6 +6,7 @@ compared with what generation asks, token by token.
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -256,6 +257,16 @@ def test_preferences_and_rewards(method, models, tmp_path):
     assert families.METHODS[method]("gemma3", models["gemma3"], tmp_path / "sees") == ""
     text = families.METHODS[method]("llama4_text", models["llama4_text"], tmp_path / "unknown")
     assert text.startswith("refused: TRL cannot score this model's answers: ")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_ends_that_the_makers_name_are_kept(method, models, tmp_path):
+    """Such as the end of a tool's call, behind which no plain answer ends."""
+    shutil.copytree(models["gemma3"], tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [0, 7, 9]}')
+    out, error = grid.train(method, str(tmp_path / "base"), tmp_path / "run", *grid.ONCE)
+    assert not error
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [0, 7, 9]
 
 
 def test_checkpoints_of_a_composite(models, tmp_path):
