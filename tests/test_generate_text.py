@@ -690,6 +690,22 @@ def test_other_settings_are_never_mixed(finished, capsys, change, state):
     assert output.read_bytes() == before and sorted(tmp_path.iterdir()) == files
 
 
+@pytest.mark.parametrize(
+    "changes", [{"precision": "bf16"}, {"load_in_8bit": True}, {"do_sample": True}]
+)
+def test_where_answers_hang_on_the_batch(changes, tmp_path):
+    """A file keeps the size of a batch that it began with, but greedy ones in fp32 do not hang on it."""
+    file = write_jsonl(tmp_path / "p.jsonl", ROWS)
+    words = f"--model_name_or_path m --prompt_file {file} --output_file o --batch_size 4".split()
+    args = script.parse(words)
+    args.base, args.recorded = "m", ""
+    plain = {"precision": "fp32"}
+    assert keep_answers.describe(args, "fp32", [[1]])["batch_size"] is None
+    for name, value in changes.items():
+        plain, args.__dict__[name] = plain | {name: value}, value
+    assert keep_answers.describe(args, plain["precision"], [[1]])["batch_size"] == 4
+
+
 class Clock:
     """The module time with a clock of its own, on which each batch takes as long as a test says."""
 

@@ -591,6 +591,10 @@ def test_env_places(machine):
     given = {name: str(place) for name, place in given.items()}
     found = variables(source_env(machine, before="unset BUILD_CACHE", **given))
     assert found["BUILD_CACHE"].startswith(f"{local}/")
+    assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # the latter is the old name
+        own = variables(source_env(machine, before="unset BUILD_CACHE", **given, **{name: "a:b"}))
+        assert own[name] == "a:b" and own.get("PYTORCH_ALLOC_CONF", "a:b") == "a:b"
     assert found["HF_HOME"] == str(machine / "elsewhere/huggingface")
     assert found["PIP_CACHE_DIR"] == str(machine / "pip")
     assert found["HF_TOKEN_PATH"] == str(machine / "home/.cache/huggingface/token")
