@@ -34,7 +34,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 IN_8BIT, IN_4BIT = ["--load_in_8bit", "true"], ["--load_in_4bit", "true"]
 HEAD = ["--lora_target_modules", "none", "--modules_to_save", "lm_head"]
-# name: (what the table calls it, script, its arguments, the learning rate that learns 50 by heart)
+# name: (what the table calls it, script, its arguments, the learning rate that learns 50 by heart;
+# of DPO and GRPO the one of the lesson's job)
 METHODS = {
     "full": ("all parameters", "finetune_full", [], 1e-3),
     "last_layer": ("last layer", "finetune_lastlayer", [], 1e-2),
@@ -42,8 +43,8 @@ METHODS = {
     "lora": ("LoRA", "finetune_lora", [], 3e-3),
     "lora_8bit": ("LoRA on 8 bit", "finetune_lora", IN_8BIT, 3e-3),
     "lora_4bit": ("QLoRA (4 bit)", "finetune_lora", IN_4BIT, 3e-3),
-    "dpo": ("SFT, then DPO", "finetune_dpo", [], 1e-3),
-    "grpo": ("SFT, then GRPO", "finetune_grpo", [], 1e-3),
+    "dpo": ("SFT, then DPO", "finetune_dpo", [], 5e-4),
+    "grpo": ("SFT, then GRPO", "finetune_grpo", [], 2e-3),
 }
 AFTER_SFT = ("dpo", "grpo")  # they have no meaning without it
 SUPERVISED = [name for name in METHODS if name not in AFTER_SFT]
