@@ -370,7 +370,8 @@ METHODS = {
     "generate": partial(generate, sizes=[1]), "batched": partial(generate, sizes=[4]),
     "chat": chat, "DPO": preferences, "GRPO": rewards,
 }  # fmt: skip
-ZERO = {"ZeRO-2": "finetune_full", "LoRA, ZeRO-2": "finetune_lora"}
+ZERO = {"ZeRO-2": ("finetune_full", "zero2"), "LoRA, ZeRO-2": ("finetune_lora", "zero2"),
+        "LoRA, ZeRO-3": ("finetune_lora", "zero3")}  # fmt: skip
 
 
 def zero(folder, table):
@@ -379,9 +380,9 @@ def zero(folder, table):
 
     write_jsonl(folder / "train.jsonl", ROWS)
     short, steps = ["--max_length", 64], 8
-    for method, script in ZERO.items():
+    for method, (script, config) in ZERO.items():
         outs = {
-            kind: matrix.together(folder, "zero2", script, kind, short, steps)
+            kind: matrix.together(folder, config, script, kind, short, steps)
             for kind, row in table.items()
             if method in row
         }

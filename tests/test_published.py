@@ -17,7 +17,15 @@ import seven_grid as grid
 import torch
 from conftest import ROOT, ROWS, load_script, make_tokenizer, write_jsonl
 from safetensors.torch import load_file
-from transformers import AddedToken, AutoImageProcessor, AutoTokenizer
+from transformers import (
+    AddedToken,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    PreTrainedTokenizerFast,
+)
 
 TURN = "{{- '<|im_start|>' + m.role + '\n' }}"
 EMPTY = "<think>\n\n</think>\n\n"
@@ -277,6 +285,35 @@ def test_checkpoints_of_a_composite(models, tmp_path):
     for directory in (out / "checkpoint-2", out):
         name = type(AutoImageProcessor.from_pretrained(directory)).__name__
         assert name.startswith("Gemma3ImageProcessor")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_processor_comes_along(method, models, tmp_path):
+    """AutoProcessor, which other tools see with, reads a result, its checkpoints, a merged model."""
+    base = tmp_path / "base"
+    shutil.copytree(models["gemma3"], base)
+    (base / "preprocessor_config.json").unlink()
+    backend = make_tokenizer(bos=True).backend_tokenizer
+    names = ("boi_token", "eoi_token", "image_token")
+    more = dict(zip(names, map(backend.id_to_token, (290, 291, 292)), strict=True))
+    roles = {"eos_token": "<|endoftext|>", "bos_token": "<s>", "pad_token": "<|pad|>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, extra_special_tokens=more, chat_template="{{ messages }}", **roles
+    )
+    processor = Gemma3Processor(Gemma3ImageProcessor(do_resize=False), tokenizer)
+    processor.save_pretrained(base)
+    steps = ["--save_strategy", "steps", "--save_steps", 2]
+    out, error = grid.train(method, str(base), tmp_path / "run", *steps)
+    places = [out, out / "checkpoint-2"]
+    if method == "lora":
+        places.append(tmp_path / "merged")
+        words = ["--adapter_name_or_path", out, "--output_dir", places[-1]]
+        _, error = grid.call("finetune_lora/merge_lora.py", *words)
+    assert not error
+    for place in places:
+        found = AutoProcessor.from_pretrained(place)
+        assert type(found) is Gemma3Processor and found.image_token == more["image_token"], place
+        assert not found.image_processor.do_resize
 
 
 def test_composite_is_whole(models, tmp_path):
