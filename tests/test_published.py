@@ -302,7 +302,10 @@ def test_the_processor_comes_along(method, models, tmp_path):
     )
     processor = Gemma3Processor(Gemma3ImageProcessor(do_resize=False), tokenizer)
     processor.save_pretrained(base)
-    steps = ["--save_strategy", "steps", "--save_steps", 2]
+    own, steps = (
+        AutoProcessor.from_pretrained(base),
+        ["--save_strategy", "steps", "--save_steps", 2],
+    )
     out, error = grid.train(method, str(base), tmp_path / "run", *steps)
     places = [out, out / "checkpoint-2"]
     if method == "lora":
@@ -312,7 +315,7 @@ def test_the_processor_comes_along(method, models, tmp_path):
     assert not error
     for place in places:
         found = AutoProcessor.from_pretrained(place)
-        assert type(found) is Gemma3Processor and found.image_token == more["image_token"], place
+        assert type(found) is Gemma3Processor and found.image_token == own.image_token, place
         assert not found.image_processor.do_resize
 
 
