@@ -27,6 +27,7 @@ from prepare_data import from_generator  # noqa: F401
 from run_common import check, fail
 from run_files import (
     find_checkpoints,
+    free_bytes,
     read_mark,
     remove,
     what_lacks,
@@ -116,7 +117,7 @@ class KeepRun(transformers.TrainerCallback):
         there = find_checkpoints(args.output_dir, self.run_id)
         saves = max(0, min(saves, self.keep + 1 - len(there)))
         count = 1 if args.save_strategy == "no" else 1 + saves  # one more: the result
-        need, free = count * self.save_bytes, shutil.disk_usage(args.output_dir).free
+        need, free = count * self.save_bytes, free_bytes(args.output_dir)
         problem = f"{count} checkpoints take {need / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
         advice = "Make room, or take --save_total_limit 1, larger --save_steps."
         check(need < free, f"{problem}. {advice}")

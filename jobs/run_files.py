@@ -9,6 +9,7 @@ import atexit
 import json
 import os
 import shutil
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -78,6 +79,20 @@ def what_lacks(path):
         if not (path / name).is_file() or (path / name).stat().st_size != size:
             return name
     return None
+
+
+def free_bytes(directory):
+    """What may still be written there: the disk's room, or what a quota of Lustre leaves of it."""
+    free = [shutil.disk_usage(directory).free]
+    for whose in (["-u", os.getuid()], ["-g", Path(directory).stat().st_gid]):
+        command = ["lfs", "quota", "-q", *whose, directory]
+        with suppress(OSError, ValueError, subprocess.SubprocessError):  # no Lustre, most often
+            words = list(map(str, command))
+            text = subprocess.run(words, capture_output=True, text=True, timeout=10).stdout
+            used, quota, limit = (int(word.rstrip("*")) for word in text.split()[1:4])  # in KiB
+            if limit or quota:
+                free.append(max(0, (limit or quota) - used) * 1024)
+    return min(free)
 
 
 def read_mark(path):

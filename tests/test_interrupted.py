@@ -539,6 +539,21 @@ def test_the_room_needed(script, words, tmp_path, monkeypatch, capsys):
     assert start(script, *words, "--save_total_limit", "1") == 0
 
 
+@pytest.mark.parametrize(
+    ("quota", "left"), [("100 0 200", 100), ("150* 140 200", 50), ("9 8 0", 0), ("9 0 0", None)]
+)
+def test_the_room_that_a_quota_leaves(quota, left, tmp_path, monkeypatch):
+    """By a stand-in for Lustre's command, which puts a long path into a line of its own."""
+    (tmp_path / "lfs").write_text(
+        f'#!/bin/bash\n[[ $3 == -g ]] || exit 1\necho "$5"; echo " {quota} - 1 0 0 -"\n'
+    )
+    (tmp_path / "lfs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    room = shutil.disk_usage(tmp_path).free
+    found = keep_run.free_bytes(tmp_path)
+    assert found == left * 1024 if left is not None else found > room / 2
+
+
 def run(command, out, ask_at=None, ask=None, **more):
     """Run a command; call ask(process) when the step's line is there. Returns (status, output)."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29655"} | more
