@@ -496,7 +496,7 @@ def find_run(script, training, given):
     check(is_new, f"{output_dir} is not empty. Choose another --output_dir; to go on, {remedy}.")
     asked = asked or script.early_stopping_patience
     check(not asked, f"to resume, to keep the best model, or for DeepSpeed, {remedy}.")
-    say("alone", f"once cut off, this run cannot go on, nor does it stop in time: {remedy}")
+    say("alone", f"once cut off, it cannot go on; no stop in time, no check of arguments: {remedy}")
     return None, {}
 
 
