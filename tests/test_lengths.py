@@ -53,4 +53,7 @@ HEADLINES = ["1. Settings", "2. Data: format yours here", "3. Model: what is tra
 def test_sections_stand_in_one_order(lesson):
     text = (ROOT / f"finetune_{lesson}" / f"finetune_{lesson}.py").read_text("utf-8")
     found = re.findall(r"^# ---- (.+?)(?: \(.*\))? ----$", text, re.M)
+    found = [
+        headline if headline in HEADLINES else headline.partition(":")[0] for headline in found
+    ]
     assert found == HEADLINES
