@@ -59,7 +59,7 @@ def read_words(words):
     """The words of a command line; a settings file in front as its options, ~ as the home."""
     words = list(words)
     if words and words[0].lower().endswith((".yaml", ".yml", ".json")):
-        settings = yaml.safe_load(Path(words.pop(0)).expanduser().read_text("utf-8"))
+        settings = yaml.safe_load(Path(os.path.expanduser(words.pop(0))).read_text("utf-8"))
         check(isinstance(settings, dict), "a settings file must hold lines of `name: value`.")
         settings.pop("run", None)  # what run_args.yaml tells besides
         for name, value in reversed(settings.items()):
@@ -67,7 +67,7 @@ def read_words(words):
             words[:0] = [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
     for number, word in enumerate(words):
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        words[number] = name + equals + os.path.expanduser(value)  # noqa: PTH111 -- any word
+        words[number] = name + equals + os.path.expanduser(value)
     return words
 
 

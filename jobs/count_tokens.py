@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 from run_common import fail
@@ -17,7 +18,7 @@ def texts(value):
 
 def first_rows(file):
     """(the first 300 rows of a file, how many it has, roughly)."""
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     try:
         if path.suffix.lower() == ".parquet":
             from pyarrow.parquet import ParquetFile

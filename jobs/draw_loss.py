@@ -9,6 +9,7 @@ By hand       python ../jobs/draw_loss.py output        (the job files do it aft
 import argparse
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -21,7 +22,7 @@ def main(argv=None):
     parser.add_argument("output_dir", help="the --output_dir of a training that has ended")
     parser.add_argument("--since", type=float, help="Unix time: leave losses alone that are older")
     args = parser.parse_args(argv)
-    directory = Path(args.output_dir).expanduser()
+    directory = Path(os.path.expanduser(args.output_dir))
     state, picture = directory / "trainer_state.json", directory / "loss.png"
     if args.since and not (state.is_file() and state.stat().st_mtime >= args.since):
         print(f"picture    none: this job wrote no {state}. Others: jobs/draw_loss.py OUTPUT_DIR")

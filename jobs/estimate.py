@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def load_config(name):
     for short, entry in SEVEN.items():
         if name in (short, entry["hub_id"]):
             return AutoConfig.for_model(**entry["config"]), entry["hub_id"]
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     try:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # says each retry
         config = AutoConfig.from_pretrained(path if path.exists() else name)

@@ -40,12 +40,12 @@ def main(argv=None):
     where = "where the page goes (NAME.md; the picture: NAME.png). Default: OUTPUT_DIR/report.md"
     parser.add_argument("--output_file", help=where)
     args = parser.parse_args(argv)
-    paths = list(dict.fromkeys(Path(path).expanduser() for path in args.output_dir))
+    paths = list(dict.fromkeys(Path(os.path.expanduser(path)) for path in args.output_dir))
     for path in paths:
         check(path.exists(), f"{path} does not exist. Name the --output_dir of a training.")
     directories = [path for path in paths if path.is_dir()]  # output/* names files as well
     check(directories, f"{paths[0]} is no directory. Name the --output_dir of a training.")
-    page = Path(args.output_file or directories[0] / "report.md").expanduser()
+    page = Path(os.path.expanduser(args.output_file or directories[0] / "report.md"))
     check(page.suffix == ".md", f"--output_file {page} must end in .md.")
     runs = [read_run(path) for path in directories]
     has_any = any(run["scores"] or run["facts"]["status"] != "nothing here" for run in runs)

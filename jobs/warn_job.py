@@ -29,7 +29,7 @@ def read_job(gpus, script, *words):
     if script == "finetune_grpo.py":
         raise ValueError("sampling and a reference are not estimated")
     if words and words[0].lower().endswith((".yaml", ".yml", ".json")):
-        settings = yaml.safe_load(Path(words.pop(0)).expanduser().read_text("utf-8"))
+        settings = yaml.safe_load(Path(os.path.expanduser(words.pop(0))).read_text("utf-8"))
         settings.pop("run", None)
         for name, value in settings.items():
             if value is not None:
