@@ -66,8 +66,8 @@ def reward(row, answer):
     asks for it.
     """
     choices, said = row["choices"], answer.strip()
-    if row["completion"] not in choices:  # a choice goes by its number
-        choices = [str(number) for number in range(len(choices))]
+    numbers = [str(number) for number in range(len(choices))]
+    choices = numbers if row["completion"] in numbers else choices
     begins = [c for c in choices if said.startswith(c) and not said[len(c) :][:1].isdigit()]
     return {
         "right": 1.0 if begins == [row["completion"]] else 0.0,  # 22 is not 2

@@ -173,8 +173,8 @@ def make_pairs(task, rows):
         wrong = [answer for answer in CHOICES[task] if answer != row["completion"]]
         if len(wrong) == len(CHOICES[task]):
             fail(f"{task} answers {row['completion']}, not one of CHOICES. Edit CHOICES alike.")
-        words = row["choices"]
-        if row["completion"] not in words:  # two choices can have the same words: both are right
+        if isinstance(row["label"], int):  # two choices can have the same words: both are right
+            words = row["choices"]
             wrong = [n for n in wrong if words[int(n)] != words[row["label"]]]
         if not wrong:
             fail(f"{task}, id {row['id']}: all choices are the same. Fetch JGLUE again.")

@@ -155,7 +155,8 @@ def as_text(turn):
 
 def form_of_arguments(tokenizer):
     """How this template takes a call's arguments: as an object, or as a JSON text."""
-    if tokenizer.chat_template not in FORMS:
+    template = str(tokenizer.chat_template)  # several may have names
+    if template not in FORMS:
         tool = {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}
         call = {"name": "f", "arguments": {"k": "value", "b": True}}
         call = {"id": "abcdefghi", "type": "function", "function": call}
@@ -171,10 +172,10 @@ def form_of_arguments(tokenizer):
             is_twice, is_python = '"{' in text, "{'k'" in text
             if "value" in text and not (is_twice or is_python):
                 found = form
-        FORMS[tokenizer.chat_template] = found
-    if not FORMS[tokenizer.chat_template]:
+        FORMS[template] = found
+    if not FORMS[template]:
         raise ValueError("the chat template leaves out calls of tools, or their arguments.")
-    return FORMS[tokenizer.chat_template]
+    return FORMS[template]
 
 
 def in_form(turn, form):

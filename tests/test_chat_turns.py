@@ -244,6 +244,15 @@ def test_calls_in_published_templates(tmp_path):
     assert len(done) > 15 and refused == set(WITHOUT_CALLS.split()), (done, refused)
 
 
+def test_templates_with_names(tmp_path):
+    """A tokenizer may hold one for tools beside its own."""
+    tokenizer, plain = tokenizer_of(template()), tokenizer_of(template())
+    tokenizer.chat_template = {"default": "{{ raise_exception('no') }}", "tool_use": template()}
+    row = {"messages": talk(), "tools": [TOOL]}
+    found, wanted = (TRAIN.format_row(*chat_turns.plain(row, t)) for t in (tokenizer, plain))
+    assert found == wanted
+
+
 def test_what_parquet_fills_up(tmp_path):
     """Names that other rows have: nothing in a tool, but who can say in a call's arguments?"""
     tokenizer, nulls = tokenizer_of(template()), copy.deepcopy(TOOL)

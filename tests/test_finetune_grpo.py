@@ -435,6 +435,7 @@ REWARDS = {
 
 
 NUMBERS = {"choices": ["本", "山", "水"], "completion": "2"}
+DIGITS = {"choices": ["2", "7", "9"], "completion": "2"}  # whose number is 2: it is the 9
 NAMES = {"choices": ["含意", "矛盾", "中立"], "completion": "矛盾"}
 
 
@@ -442,7 +443,7 @@ NAMES = {"choices": ["含意", "矛盾", "中立"], "completion": "矛盾"}
     ("row", "answer", "right", "form"),
     [(NUMBERS, "2", 1, 0.2), (NUMBERS, " 2\n", 1, 0.2), (NUMBERS, "2です", 1, 0), (NUMBERS, "22", 0, 0),
      (NUMBERS, "1", 0, 0.2), (NUMBERS, "水", 0, 0), (NUMBERS, "", 0, 0), (NUMBERS, "3", 0, 0),
-     (NAMES, "矛盾", 1, 0.2), (NAMES, "矛盾する", 1, 0), (NAMES, "中立", 0, 0.2), (NAMES, "1", 0, 0)],
+     (DIGITS, "2", 1, 0.2), (DIGITS, "0", 0, 0.2), (DIGITS, "7", 0, 0), (NAMES, "矛盾", 1, 0.2), (NAMES, "矛盾する", 1, 0), (NAMES, "中立", 0, 0.2), (NAMES, "1", 0, 0)],
 )  # fmt: skip
 def test_the_reward_as_it_stands(row, answer, right, form):
     """By the number of a choice as JCommonsenseQA asks, by its word as JNLI does."""
