@@ -41,6 +41,7 @@ ARGUMENTS = {
     "an object": "{{- call.arguments | tojson -}}",
     "a text": "{{- call.arguments + '' -}}",
     "either": "{{- call.arguments if call.arguments is string else call.arguments | tojson -}}",
+    "as it prints": "{{- call.arguments -}}",  # an object as Python writes it: not to be learned
 }
 TOOL = {"type": "function", "function": {"name": "get_weather", "description": "天気",
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
@@ -102,7 +103,7 @@ def test_calls_of_tools(content, arguments, form, tmp_path):
     assert answers(example, tokenizer) == [f"{call}<|im_end|>\n", "晴れです。<|im_end|>\n"]
     for turn in turns:  # by hand, as this template wants it
         turn["content"] = turn["content"] or ""
-    if arguments == "a text":
+    if arguments in ("a text", "as it prints"):
         inner["arguments"] = written
     whole = tokenizer.apply_chat_template(turns, tools=[TOOL], tokenize=False)
     assert tokenizer.decode(example["input_ids"]) == whole
@@ -343,7 +344,13 @@ DEEPSEEK = """{{- bos_token -}}
 {{- m.tool_calls[0].function.arguments + '\\n```<|/call|>' + eos_token -}}
 {%- else -%}{{- '<|Assistant|>' + m.content + eos_token -}}{%- endif -%}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|Assistant|>' -}}{%- endif -%}"""
+TWICE = "{{- call.arguments | tojson if call.arguments is string else raise_exception('no') -}}"
 LEFT_OUT = {
+    "a text within a text": (
+        template().replace(ARGUMENTS["either"], TWICE),
+        {"messages": talk()},
+        "leaves out calls of tools, or their arguments",
+    ),
     "DeepSeek": (DEEPSEEK, {"messages": talk(), "tools": [TOOL]}, "leaves out calls of tools"),
     "calls": (template(arguments=None), {"messages": talk()}, "leaves out calls of tools"),
     "one argument": (
