@@ -136,6 +136,35 @@ def test_epochs_are_counted_too(script, words, tmp_path, monkeypatch):
     assert same(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_the_best_model_of_a_run_that_moved(script, words, tmp_path, monkeypatch):
+    """Found where the run is now, though no save follows by which Trainer would see it there."""
+    other = write_jsonl(tmp_path / "v.jsonl", [{"prompt": "甲", "completion": "乙丙丁"}])
+    words = [*words, "--validation_file", other, "--eval_strategy", "steps", "--eval_steps", 1]
+    words += "--save_strategy steps --save_steps 1 --max_steps 8 --learning_rate 0.5".split()
+    words += "--load_best_model_at_end true --logging_steps 1".split()
+    words += "--per_device_train_batch_size 2".split()
+    assert start(script, *words, "--output_dir", tmp_path / "whole") == 0
+    state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
+    assert state["best_global_step"] < 5, "the rate lets later steps be worse"
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(script, *words, "--output_dir", tmp_path / "cut") == 75
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    assert start(script, *words, "--output_dir", tmp_path / "moved") == 0
+    assert same(tmp_path / "whole", tmp_path / "moved")
+
+
+def test_a_cache_that_cannot_be_written(script, words, tmp_path, monkeypatch, capsys):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_rows_on_file", full, raising=False)
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_table", full)
+    other = write_jsonl(tmp_path / "new.jsonl", [ROWS[0] | {"id": "never prepared before"}])
+    line = refused_plainly(script, capsys, *words, "--train_file", other, "--output_dir", tmp_path)
+    assert "No space left on device" in line and "set HF_HOME" in line
+
+
 def test_incomplete_and_damaged_checkpoints(script, words, tmp_path, monkeypatch, capsys):
     words += ONCE.split()
     assert start(script, *words, "--output_dir", tmp_path / "whole") == 0
