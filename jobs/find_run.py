@@ -75,7 +75,7 @@ def _find_run(script, training, given, source):
         check(not lost, f"{resume} cannot be continued exactly: {', '.join(lost)}. {advice}")
         training.restore_callback_states_from_checkpoint = True  # early stopping counts on
     run_id = run_id if resume or not changed else None
-    run = {"id": run_id or os.urandom(4).hex(), "data": data}
+    run = {"id": run_id or os.urandom(4).hex(), "data": data, "deepspeed": deepspeed_file(given)}
     if start := named or (resume and before.get("from_checkpoint")):
         run["from_checkpoint"] = start
     ours = [*complete, *find_checkpoints(output_dir, run["id"])]
@@ -108,6 +108,12 @@ def start_from(checkpoint, training, given, data, since):
     changed = what_changed(place, training, given, data)[1] + what_is_lost(checkpoint, training)
     say("not exact" if changed else "exact", "; ".join(changed) or "the same run")
     return changed
+
+
+def deepspeed_file(given):
+    """The sha256 of DeepSpeed's configuration file, or None: its name says nothing of an edit."""
+    file = Path(given.get("deepspeed") or "")
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def came_after(checkpoints, named):
@@ -152,6 +158,8 @@ def what_changed(directory, training, given, data):
     was, now = ([f for f in d if not f.get("use", "").startswith(free)] for d in (was, data))
     if was != now:
         changed.append("other data, chat template or another script")
+    if "deepspeed" in run and run["deepspeed"] != deepspeed_file(given):
+        changed.append("an edited DeepSpeed file")
     precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
     if run.get("precision", precision) != precision:
         changed.append(f"precision {run['precision']}, now {precision}")

@@ -61,7 +61,11 @@ class KeepRun(transformers.TrainerCallback):
             trainer._load_best_model = partial(load_best_model, trainer)
         self.reason, self.is_agreed, self.evaluating = None, False, 0
         self.saving, self.longest, self.last = self.save_bytes / 5e8, 0, time.time()  # 0.5 GB/s
+        rows = trainer.train_dataset
+        lengths = rows["length"][:] if "length" in rows.column_names else [1] * len(rows)
+        run["examples"], run["tokens"] = sum(n > 0 for n in lengths), sum(lengths)  # 0 fills up
         if resume:
+            self.check_data(run)
             self.go_on(resume, given)
         if trainer.is_world_process_zero():
             self.record(given, run)
@@ -72,6 +76,17 @@ class KeepRun(transformers.TrainerCallback):
             # DeepSpeed's own autocast leaves evaluations out.
             autocast = partial(torch.autocast, args.device.type, torch.bfloat16)
             trainer.compute_loss_context_manager = autocast
+
+    def check_data(self, run):
+        """Refuse other data than the run began with: a hub's data set may have changed since."""
+        record = Path(self.trainer.args.output_dir, "run_args.yaml")
+        if not record.is_file() or "from_checkpoint" in run:  # named by hand, it may differ
+            return
+        before = yaml.safe_load(record.read_text("utf-8"))["run"]
+        for name in ("examples", "tokens"):
+            was, now = before.get(name, run[name]), run[name]
+            problem = f"the data has changed: {was} {name}, now {now}. Choose another --output_dir."
+            check(was == now, problem)
 
     def go_on(self, resume, given):
         """What Trainer does not take from a checkpoint; without the end, it takes a step more."""

@@ -154,6 +154,31 @@ def test_the_best_model_of_a_run_that_moved(script, words, tmp_path, monkeypatch
     assert same(tmp_path / "whole", tmp_path / "moved")
 
 
+def test_what_a_name_does_not_tell(script, words, tmp_path, monkeypatch, capsys):
+    """A hub's data set may be another one by now, and a DeepSpeed file edited: no exact resume."""
+    (tmp_path / "hub").mkdir()
+    write_jsonl(tmp_path / "hub" / "train.jsonl", ROWS)
+    place = words.index("--train_file")
+    words = [*words[:place], "--dataset_name", tmp_path / "hub", *words[place + 2 :]]
+    words += ["--max_steps", "8", "--output_dir", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(script, *words) == 75
+    write_jsonl(tmp_path / "hub" / "train.jsonl", [*ROWS[:-1], ROWS[-1] | {"prompt": "もっと"}])
+    line = refused_plainly(script, capsys, *words)
+    assert "the data has changed: " in line and "tokens, now " in line
+    write_jsonl(tmp_path / "hub" / "train.jsonl", ROWS)
+    record = tmp_path / "out" / "run_args.yaml"
+    kept, file = record.read_text(), tmp_path / "zero.json"
+    file.write_text("{}")
+    known = find_run.deepspeed_file({"deepspeed": str(file)})
+    assert known != find_run.deepspeed_file({}) is None
+    record.write_text(kept.replace("  deepspeed: null", f"  deepspeed: {known}"))
+    assert "an edited DeepSpeed file" in refused_plainly(script, capsys, *words)
+    record.write_text(kept)
+    assert start(script, *words) == 0
+
+
 def test_a_cache_that_cannot_be_written(script, words, tmp_path, monkeypatch, capsys):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
