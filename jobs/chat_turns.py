@@ -111,7 +111,7 @@ def read_list(name, value):
         raise ValueError(f"{name} must be a list of objects, or that as JSON: {error}.") from None
     if not all(isinstance(item, dict) for item in items):
         raise ValueError(f"{name} must be a list of objects, found {str(value)[:60]}.")
-    if any(not isinstance(item.get("function", item).get("name"), str) for item in items):
+    if any(not isinstance(inner(item).get("name"), str) for item in items):
         raise ValueError(f"{name}: one has no name, found {str(value)[:60]}.")
     return items if is_json or name == CALLS else [without_nulls(item) for item in items]
 
@@ -129,8 +129,7 @@ def with_calls(turn):
         return turn
     done = []
     for call in calls:
-        inner = call.get("function", call)
-        given, name = inner.get("arguments") or {}, inner["name"]
+        given, name = inner(call).get("arguments") or {}, inner(call)["name"]
         is_json = isinstance(given, str) or isinstance(turn[CALLS], str)
         if not is_json and None in leaves(given):
             problem = "null, as Parquet fills up. Write the arguments as a JSON text"
@@ -139,8 +138,7 @@ def with_calls(turn):
             given = json.loads(given) if isinstance(given, str) else given
         except ValueError:
             raise ValueError(f"the arguments of {name} are no JSON: {given[:60]}.") from None
-        inner = {**inner, "arguments": given}
-        done.append({**call, "function": inner} if "function" in call else inner)
+        done.append(with_arguments(call, given))
     return {**turn, CALLS: done, "content": turn.get("content") or ""}
 
 
@@ -181,12 +179,18 @@ def form_of_arguments(tokenizer):
 def in_form(turn, form):
     if not turn.get(CALLS) or form == "object":
         return turn
-    calls = []
-    for call in turn[CALLS]:
-        inner = call.get("function", call)
-        inner = {**inner, "arguments": json.dumps(inner["arguments"], ensure_ascii=False)}
-        calls.append({**call, "function": inner} if "function" in call else inner)
-    return {**turn, CALLS: calls}
+    texts = [json.dumps(inner(call)["arguments"], ensure_ascii=False) for call in turn[CALLS]]
+    return {**turn, CALLS: [*map(with_arguments, turn[CALLS], texts)]}
+
+
+def inner(call):
+    """What names a tool or a call: it may stand in a field of its own."""
+    return call.get("function", call)
+
+
+def with_arguments(call, given):
+    own = {**inner(call), "arguments": given}
+    return {**call, "function": own} if "function" in call else own
 
 
 # ---- What the template makes of them ----
@@ -213,7 +217,7 @@ class WithTools:
         bare = [{name: value for name, value in turn.items() if name != CALLS} for turn in turns]
         without = self.render(bare, options)
         self.compare(result, without, [w for turn in turns for w in words_of(turn)], "calls")
-        names = [tool.get("function", tool)["name"] for tool in tools]
+        names = [inner(tool)["name"] for tool in tools]
         none = self.render(bare, {**options, "tools": None})
         self.compare(without or result, none, names, "tools")
         said = [turn.get("content") for turn in turns if turn.get("role") == "tool"]
@@ -244,7 +248,7 @@ class WithTools:
 def words_of(turn):
     """What must be found where a turn's calls are written: names, and values as JSON."""
     words = []
-    for call in (call.get("function", call) for call in turn.get(CALLS) or ()):
+    for call in map(inner, turn.get(CALLS) or ()):
         given = call["arguments"]
         given = json.loads(given) if isinstance(given, str) else given
         words += [call["name"], *leaves(given)]
