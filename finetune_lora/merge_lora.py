@@ -26,6 +26,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, TokenizersBackend
+from transformers.hf_argparser import string_to_bool
 from transformers.utils import cached_file, logging
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))  # for notes alone
@@ -250,7 +251,7 @@ def parse(argv):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add, path = parser.add_argument, {"type": os.path.expanduser}
-    switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    switch = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
     add("--adapter_name_or_path", **path, required=True, help="Directory, hub name of the adapter.")
     add("--output_dir", **path, required=True, help="Where the model goes; empty or not there.")
     add("--base_model_name_or_path", **path, help="Where the base is. Default: the adapter's.")
@@ -287,11 +288,6 @@ def fail(message):
 def check(condition, message):
     if not condition:
         fail(message)
-
-
-# Copied from generate_text/generate_text.py
-def boolean(text):
-    return ("false", "true").index(text.lower()) == 1
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from contextlib import suppress
 
 import torch
 from transformers import TextStreamer
+from transformers.hf_argparser import string_to_bool
 from transformers.utils.logging import disable_progress_bar
 
 try:
     from generate_text import (
-        boolean,
         chat_texts,
         check_arguments,
         choose_precision,
@@ -45,7 +45,7 @@ def parse(argv):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add, path = parser.add_argument, {"type": os.path.expanduser}
-    switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    switch = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
     add("--model_name_or_path", **path, required=True, help="A model or an adapter, or a hub name.")
     add("--max_new_tokens", type=int, default=128, help="Longest answer; time grows with it.")
     add("--do_sample", **switch, help="Draw the tokens instead of taking the likeliest.")
@@ -56,6 +56,7 @@ def parse(argv):
     add("--device_map", help="auto: all GPUs for one model; cpu: none. Default: one GPU.")
     add("--load_in_8bit", **switch, help="Half the memory; slower, slightly other answers.")
     add("--load_in_4bit", **switch, help="A quarter of the memory (NF4); answers differ more.")
+    add("--allow_partly_quantized", **switch, help="Even if most of it stays in 16 bit.")
     add("--chat_template", **path, help="alpaca, or a Jinja file. Default: the tokenizer's own.")
     add("--chat_template_kwargs", default="{}", help='Like {"enable_thinking": false}.')
     add("--trust_remote_code", **switch, help="Run the repository's code. Read it first.")

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from pyarrow.parquet import ParquetFile
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers.hf_argparser import string_to_bool
 from transformers.models.falcon import modeling_falcon
 from transformers.utils.logging import disable_progress_bar
 
@@ -40,7 +41,7 @@ def parse(argv):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add, path = parser.add_argument, {"type": os.path.expanduser}
-    switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    switch = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
     add("--model_name_or_path", **path, required=True, help="A model or an adapter, or a hub name.")
     add("--prompt", help="One prompt, taken as it is: no template, no separator.")
     add("--prompt_file", **path, help="JSON Lines, JSON, Parquet; or text, a prompt a line.")
@@ -55,6 +56,7 @@ def parse(argv):
     add("--device_map", help="auto: all GPUs for one model; cpu: none. Default: one GPU.")
     add("--load_in_8bit", **switch, help="Half the memory; slower, slightly other answers.")
     add("--load_in_4bit", **switch, help="A quarter of the memory (NF4); answers differ more.")
+    add("--allow_partly_quantized", **switch, help="Even if most of it stays in 16 bit.")
     add("--compare_base", **switch, help="Answer without the adapter too; takes twice the time.")
     add("--chat_template", **path, help="alpaca, or a Jinja file. Default: the tokenizer's own.")
     add("--chat_template_kwargs", default="{}", help='Like {"enable_thinking": false}.')
@@ -216,12 +218,15 @@ def load_model(args, precision, tokenizer):
         bits = {"load_in_8bit": args.load_in_8bit, "load_in_4bit": args.load_in_4bit}
         bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
-    load = keep_answers.auto_class(config) if keep_answers else AutoModelForCausalLM
+    load = keep_answers.prepare(config, options) if keep_answers else AutoModelForCausalLM
     model, info = load.from_pretrained(args.base, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])[:3]
     check(not missing, f"{args.base} lacks weights, they would be random: {missing}")
-    args.quantised = sum(type(m).__module__ == "bitsandbytes.nn.modules" for m in model.modules())
-    check(args.quantised or not is_quantised, "no layer was quantised. Leave --load_in_... out.")
+    done = [n for n, m in model.named_modules() if type(m).__module__ == "bitsandbytes.nn.modules"]
+    check(done or not is_quantised, "no layer was quantised. Leave --load_in_... out.")
+    args.quantised = f"; {len(done)} layers quantised" if done else ""
+    if done and keep_answers:
+        args.quantised += keep_answers.share_quantised(args, model, done)
     return add_adapter(args, model, len(tokenizer)) if args.recorded else model
 
 
@@ -382,10 +387,6 @@ def check(condition, message):
         fail(message)
 
 
-def boolean(text):
-    return ("false", "true").index(text.lower()) == 1
-
-
 def check_arguments(args):
     """Refuse what cannot work before anything is loaded; finds the base of an adapter."""
     file, name = args.prompt_file, args.model_name_or_path
@@ -490,8 +491,7 @@ def print_banner(args, model, tokenizer, precision, prompts):
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
     used = dict.fromkeys(map(str, getattr(model, "hf_device_map", {"": model.device}).values()))
     used = f"used: {', '.join(used)}; GPUs here: {torch.cuda.device_count()}"
-    bits = f"; {args.quantised} layers quantised" if args.quantised else ""
-    note("device", f"{name} ({used}), {precision}{bits}")
+    note("device", f"{name} ({used}), {precision}{args.quantised}")
     note("prompts", f"{len(prompts):,}, of {max(map(len, prompts)):,} tokens at most")
     text = tokenizer.decode(prompts[0]).replace("\n", "\\n")
     note("example", text if len(text) < 300 else f"{text[:140]} ... {text[-140:]}")

@@ -37,7 +37,7 @@ JNLI_NAMES = {"含意": "entailment", "矛盾": "contradiction", "中立": "neut
 MIDDLE = 2.5  # what an unreadable JSTS answer counts as
 # Options of generate_text.py and score_choices.py that go to them as they are.
 PASSED = ("batch_size", "precision", "device_map", "load_in_8bit", "load_in_4bit")
-PASSED += ("trust_remote_code", "chat_template", "chat_template_kwargs")
+PASSED += ("allow_partly_quantized", "trust_remote_code", "chat_template", "chat_template_kwargs")
 
 
 def fail(message):
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--seed", type=int, help="draws the examples and --limit; default 42")
     add("--max_new_tokens", type=int, help="longest answer; default 32; time grows with it")
     for name in PASSED:
-        is_switch = name.startswith(("load_in", "trust"))
+        is_switch = name.startswith(("load_in", "trust", "allow"))
         add(f"--{name}", **(switch if is_switch else {}), help="as in generate_text.py")
     args = parser.parse_args(argv)
     check_arguments(args)

@@ -32,7 +32,6 @@ try:  # the model and its ids as in generation; what lets a file go on where it 
     import keep_answers
 
     from generate_text import (
-        boolean,
         check,
         check_arguments,
         choose_precision,
@@ -41,6 +40,7 @@ try:  # the model and its ids as in generation; what lets a file go on where it 
         load_model,
         load_tokenizer,
         note,
+        string_to_bool,
     )
 except ImportError:
     needed = "../jobs and ../generate_text"
@@ -56,7 +56,7 @@ def parse(argv):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add, path = parser.add_argument, {"type": os.path.expanduser}
-    switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    switch = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
     add("--model_name_or_path", **path, required=True, help="A model or an adapter, or a hub name.")
     add("--prompt_file", **path, required=True, help="JSON Lines with answer_choices in each row.")
     add("--output_file", **path, required=True, help="Where the rows go, with choice_logprobs.")
@@ -65,6 +65,7 @@ def parse(argv):
     add("--device_map", help="auto: all GPUs for one model; cpu: none. Default: one GPU.")
     add("--load_in_8bit", **switch, help="Half the memory; slower, slightly other numbers.")
     add("--load_in_4bit", **switch, help="A quarter of the memory (NF4); numbers differ more.")
+    add("--allow_partly_quantized", **switch, help="Even if most of it stays in 16 bit.")
     add("--chat_template", **path, help="alpaca, or a Jinja file. Default: the tokenizer's own.")
     add("--chat_template_kwargs", default="{}", help='Like {"enable_thinking": false}.')
     add("--trust_remote_code", **switch, help="Run the repository's code. Read it first.")

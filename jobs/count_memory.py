@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from live_bytes import LikeCuda, Live
-from model_layers import auto_class, freeze_beside_text
+from model_layers import READ_PAST, auto_class, freeze_beside_text, weigh_layers
 from run_common import check, fail
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -77,18 +77,19 @@ def build(plan, layers=None):
 
 
 def linear_weights(model):
-    """The frozen matrices that bitsandbytes rounds: all linear layers but the head."""
+    """The frozen matrices that bitsandbytes rounds: not the head, nor what is read past."""
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings().weight
+    past = {name for name, (_, why) in weigh_layers(model).items() if why == READ_PAST}
     weights = {
         module.weight
-        for module in model.modules()
+        for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
         and not module.weight.requires_grad
         and module.weight.dim() == 2
+        and name not in past
     }
-    return weights - {head}
+    return weights - {model.get_output_embeddings().weight}
 
 
 def count(plan):

@@ -117,11 +117,23 @@ def this_start():
     return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
 
 
-def auto_class(config):
-    """The class to load a model by, as in training."""
-    from model_layers import auto_class
+def prepare(config, options):
+    """The class to load a model by, and what is not to be rounded, as in training."""
+    from model_layers import auto_class, keep_read_past
 
+    keep_read_past(config, options)
     return auto_class(config)
+
+
+def share_quantised(args, model, layers):
+    """Which share of the layers' weights these hold, as a text; refused below a half."""
+    from model_layers import share_of, weigh_layers
+
+    share, asked = share_of(weigh_layers(model), layers), args.load_in_8bit or args.load_in_4bit
+    problem = f"only {share:.1%} of the layers' weights can be in 8 or 4 bit. Leave --load_in_..."
+    good = share >= 0.5 or args.allow_partly_quantized or not asked  # or published so
+    check(good, f"{problem} out, or add --allow_partly_quantized true.")
+    return f", {share:.1%} of the layers' weights"
 
 
 def check_gpu():

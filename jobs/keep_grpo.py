@@ -190,6 +190,8 @@ def turn_off_dropout(model):
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+        for name in {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"} & vars(module).keys():
+            setattr(module, name, 0.0)  # what training adds before a router
 
 
 def check_scores(trainer):

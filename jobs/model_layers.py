@@ -7,12 +7,16 @@ import logging
 import math
 import re
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import cache
 
 import torch
 import transformers
 from run_common import check, say
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.quantizers.base import get_keys_to_not_convert
+
+READ_PAST = "its weight is read past an adapter"  # by fused kernels, Mamba's for example
 
 
 def weigh_layers(model):
@@ -32,7 +36,7 @@ def weigh_layers(model):
             if re.search(r"router|\b(shared_expert_)?gate\b", name):
                 why = "chooses experts"
             elif is_linear and re.search(use, code(type(modules[parent]))):
-                why = "its weight is read past an adapter"  # by fused kernels, Mamba's for example
+                why = READ_PAST
             elif not is_linear and (len(shape) != 3 or min(shape) < 2 or is_conv):
                 why = "not linear"
             if hasattr(module, "in_features"):  # 4 bit packs two numbers into one
@@ -108,10 +112,16 @@ def split(model, targets):
 
 
 def check_targets(model, modules):
-    """Refuse what PEFT left out of the modules to put adapters beside."""
+    """Refuse what PEFT left out of the modules to put adapters beside, or would not load again."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    remedy = "name others by --lora_target_modules."
     lost = {*modules} - {*model.base_model.targeted_module_names}
-    problem = f"PEFT puts nothing beside {ends_of(lost)}"
-    check(not lost, f"{problem}: name others by --lora_target_modules.")
+    check(not lost, f"PEFT puts nothing beside {ends_of(lost)}: {remedy}")
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    found = set_peft_model_state_dict(model, saved).missing_keys  # names are rewritten in loading
+    lost = {name.partition(".lora_")[0] for name in found if ".lora_" in name}
+    check(not lost, f"PEFT cannot load what it saves beside {ends_of(lost)}: {remedy}")
 
 
 def coverage(model, targets):
@@ -128,14 +138,8 @@ def prepare_rounded(model, script, training):
 
     A share below a half is refused.
     """
-    modules, code = dict(model.named_modules()), cache(inspect.getsource)
-    kinds = {name: type(module).__name__ for name, module in modules.items()}
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     done = [name for name, kind in kinds.items() if kind in ("Linear8bitLt", "Linear4bit")]
-    for parent, _, own in (name.rpartition(".") for name in done):
-        problem = f"{own} is multiplied past its layer, which 8 and 4 bit do not bear"
-        problem += ": leave --load_in_... out."
-        is_layer = f"self.{own}.weight @" not in code(type(modules[parent]))
-        check(is_layer, problem)  # Mamba's, of its first generation
     share = share_of(weigh_layers(model), done)
     problem = f"only {share:.1%} of the layers' weights can be in 8 or 4 bit. Leave --load_in_..."
     good = share >= 0.5 or script.allow_partly_quantized
@@ -179,6 +183,7 @@ def prepare(config, path, options):
         check(is_good, f"{path} is published in {kind}, which cannot be trained so. {remedy}")
         say("unpacked", f"the weights are published in {kind}; what is saved is not")
         stored["dequantize"] = True
+    keep_read_past(config, options)
     return auto_class(config)
 
 
@@ -186,6 +191,18 @@ def auto_class(config):
     """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
     sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+
+
+def keep_read_past(config, options):
+    """Keep in 16 bit what code reads past its layer: it would find packed numbers there."""
+    rounding, load = options.get("quantization_config"), auto_class(config)
+    is_known = type(config) in load._model_mapping  # not of a repository's own code
+    if is_known and isinstance(rounding, transformers.BitsAndBytesConfig):
+        with torch.device("meta"):
+            model = load.from_config(deepcopy(config))
+        past = [name for name, (_, why) in weigh_layers(model).items() if why == READ_PAST]
+        if past:
+            rounding.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *past]
 
 
 def freeze_beside_text(model, path=None):

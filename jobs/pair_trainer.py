@@ -148,6 +148,8 @@ def without_dropout(model):
     for name, module in model.named_modules():
         for key in [k for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]:
             setattr(module, key, 0.0)
+        for key in {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"} & vars(module).keys():
+            setattr(module, key, 0.0)  # what training adds before a router
         if isinstance(module, torch.nn.Dropout) and "lora_" not in name:
             module.p = 0.0
     return model

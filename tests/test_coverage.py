@@ -74,6 +74,13 @@ def test_what_is_refused_on_experts(bases, train_file, tmp_path, capsys):
     said, *_, gradients = grid.train(base, train_file, str(tmp_path / "out"), *more)
     assert "8 layers in 4 bit, else fp32" in said and "24.7% of the layers' weights" in said
     assert len(gradients) == 24 and all(gradients.values())
+    # Answers are no better: the same share, and the same refusal.
+    words = ["--model_name_or_path", base, "--prompt", "a", "--max_new_tokens", "2"]
+    script = load_script(ROOT / "generate_text" / "generate_text.py")
+    line = refused(script, capsys, [*words, "--load_in_4bit"])
+    assert "only 24.7% of the layers' weights can be in 8 or 4 bit" in line
+    script.main([*words, *more])
+    assert "8 layers quantised, 24.7% of the layers' weights\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["mxfp4", "fp8"])

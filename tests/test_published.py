@@ -245,7 +245,16 @@ def test_arguments_of_the_template(tmp_path):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
-    kinds = ("gemma3", "gemma4", "mistral3", "minimax", "mamba", "mixtral", "llama4_text")
+    kinds = (
+        "gemma3",
+        "gemma4",
+        "mistral3",
+        "minimax",
+        "mamba",
+        "mixtral",
+        "llama4_text",
+        "nemotron_h",
+    )
     return {kind: families.make(kind, root / kind) for kind in kinds}
 
 
@@ -374,10 +383,44 @@ def test_padded_prompts(kind, is_exact, models, tmp_path, capsys):
     net.generation_config.pad_token_id = 0
     assert keep_answers.pads_well(net, [40, 50, 60, 70, 80, 90]) == is_exact
     assert families.generate(kind, models[kind], tmp_path) == ""
-    if kind == "mamba":  # whose code multiplies a layer's weight itself, which 4 bit packs
-        assert "dt_proj is multiplied past its layer" in families.four_bit(
-            kind, models[kind], tmp_path
-        )
+
+
+@pytest.mark.parametrize("kind", ["mamba", "nemotron_h"])
+def test_four_bit_where_weights_are_read_past_their_layers(kind, models, tmp_path):
+    """Mamba's dt_proj and out_proj, say, stay as they are: their code would read packed numbers."""
+    found = families.four_bit(kind, models[kind], tmp_path)
+    assert found == ("refused: only 48.5% can be in 4 bit; right if allowed", "")[kind != "mamba"]
+    words = ["--model_name_or_path", models[kind], "--prompt", "a", "--max_new_tokens", "2"]
+    script, rounded = load_script(ROOT / "generate_text" / "generate_text.py"), []
+    original = script.set_generation
+    script.set_generation = lambda args, model, *more, **named: (
+        rounded.extend(n for n, m in model.named_modules() if "4bit" in type(m).__name__),
+        original(args, model, *more, **named),
+    )
+    script.main([*words, "--load_in_4bit", "--allow_partly_quantized"])
+    ends = {name.rpartition(".")[2] for name in rounded}
+    wanted = {"in_proj"} if kind == "mamba" else {"in_proj", "q_proj", "k_proj", "v_proj", "o_proj"}
+    assert ends - {"up_proj", "down_proj", "gate_proj"} == wanted
+
+
+def test_an_adapter_that_would_not_load_again(tmp_path, capsys):
+    """Laguna's shared experts get other names in PEFT's loading: refused before anything is spent."""
+    base = families.make("laguna", tmp_path / "base")
+    data = write_jsonl(tmp_path / "train.jsonl", ROWS)
+    script = load_script(ROOT / "finetune_lora" / "finetune_lora.py")
+    words = [
+        "--model_name_or_path",
+        base,
+        "--train_file",
+        data,
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    with pytest.raises(SystemExit) as left:
+        script.main(words)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert left.value.code == 2 and "PEFT cannot load what it saves beside down_proj, gate" in line
+    script.main([*words, "--lora_target_modules", "q_proj,v_proj", "--max_steps", "1"])
 
 
 def test_gated_model(monkeypatch, capsys, tmp_path):

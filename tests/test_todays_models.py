@@ -54,13 +54,25 @@ def rounded(name):
     return model_layers.share_of(model_layers.weigh_layers(model), linear)
 
 
+def works(name):
+    """How many methods of the grid "families" are right with its type, of how many."""
+    grid = (ROOT / "tests" / "matrix.md").read_text("utf-8").split("## families")[1].split("## ")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in grid.splitlines()]
+    table = {cells[0]: cells[1:] for cells in lines if cells}
+    found = dict(zip(table[""], table[MODELS[name]["config"]["model_type"]], strict=True))
+    if rounded(name) < 0.5:  # the small model may have no experts
+        found["4 bit"] = "refused"
+    return f"{sum(cell.startswith('ok') for cell in found.values())}/{len(found)}"
+
+
 def start_of_row(name):
     """The cells of the table that need no estimate."""
     entry = MODELS[name]
     share = rounded(name)
     four = "100 %" if share > 0.9995 else f"{share:.1%}".replace("%", " %")
     link = f"[{name}](https://huggingface.co/{entry['hub_id']})"
-    return [link, entry["config"]["model_type"], f"{count(name):,}", four], entry["licence"]
+    cells = [link, entry["config"]["model_type"], f"{count(name):,}", works(name), four]
+    return cells, entry["licence"]
 
 
 def places(name):
@@ -89,11 +101,11 @@ def places(name):
 @pytest.mark.parametrize("readme", READMES)
 def test_table(readme):
     """Names, types, parameters, shares and licences are those of the configurations."""
-    found = [cells for cells in rows(readme) if len(cells) == 9 and "huggingface.co" in cells[0]]
+    found = [cells for cells in rows(readme) if len(cells) == 10 and "huggingface.co" in cells[0]]
     assert [cells[0].partition("]")[0][1:] for cells in found] == [*MODELS]
     for name, cells in zip(MODELS, found, strict=True):
         start, licence = start_of_row(name)
-        assert cells[:4] == start and cells[8] == licence, name
+        assert cells[:5] == start and cells[9] == licence, name
 
 
 def test_parameters_by_hand():
