@@ -279,6 +279,15 @@ def to_fp8(weight, size=16):
     return join(small.view(torch.uint8)).view(torch.float8_e4m3fn), scales, join(means)
 
 
+def to_int4(weight):
+    """(eight numbers of -8 to 7 in an int32, the scale of each 16 in a row, what they mean)."""
+    groups = weight.view(len(weight), -1, 16)
+    scales = groups.abs().amax(-1, keepdim=True) / 7
+    numbers = (groups / scales).round().clamp(-8, 7)
+    nibbles = (numbers.long() + 8).view(len(weight), -1, 8) << torch.arange(0, 32, 4)
+    return nibbles.sum(-1).to(torch.int32), scales[..., 0], (numbers * scales).view_as(weight)
+
+
 def make_published(directory, method):
     """A checkpoint as it is published in this form, and beside it in plain/ what it means."""
     kind = {"mxfp4": "gpt_oss"}.get(method, "llama")
@@ -296,6 +305,9 @@ def make_published(directory, method):
             scales = weight.abs().amax(1, keepdim=True) / 448
             stored[name] = (weight / scales).to(torch.float8_e4m3fn)
             stored[f"{name}_scale"], means[name] = scales, stored[name].float() * scales
+        elif method == "compressed-tensors in 4 bit" and name.endswith("_proj.weight"):
+            stored |= {f"{name}_shape": torch.tensor(stored.pop(name).shape)}
+            stored[f"{name}_packed"], stored[f"{name}_scale"], means[name] = to_int4(weight)
     assert means
     whole = load_file(plain / "model.safetensors") | means
     save_file(
@@ -309,10 +321,14 @@ def make_published(directory, method):
     config = json.loads(Path(directory, "config.json").read_text())
     eight = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
     group = {"targets": ["Linear"], "weights": eight}
-    config["quantization_config"] = {"quant_method": method} | {
+    four = eight | {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}
+    config["quantization_config"] = {"quant_method": method.partition(" ")[0]} | {
         "fp8": {"weight_block_size": [16, 16], "modules_to_not_convert": ["lm_head"]},
         "compressed-tensors": {"config_groups": {"group_0": group}, "ignore": ["lm_head"],
                                "format": "float-quantized", "quantization_status": "compressed"},
+        "compressed-tensors in 4 bit": {
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": four}},
+            "ignore": ["lm_head"], "format": "pack-quantized", "quantization_status": "compressed"},
     }.get(method, {})  # fmt: skip
     Path(directory, "config.json").write_text(json.dumps(config))
     return str(directory), str(plain)
