@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,7 +100,8 @@ def unpack_wheels(folder, site):
     for wheel in wheels:
         tag = wheel.stem.rsplit("-", 3)[1:2]
         what = "holds code for one version of Python. Take a wheel with py3-none in its name."
-        check(tag and "py3" in tag[0] and "-none-" in wheel.name, f"{wheel.name} {what}")
+        is_any = tag and "py3" in tag[0].split(".") and "-none-" in wheel.name
+        check(is_any, f"{wheel.name} {what}")
         try:
             with zipfile.ZipFile(wheel) as file:
                 file.extractall(site)
@@ -168,7 +170,7 @@ def show_machine(machine):
 class Bench:
     """Where the items work, and how they run a command."""
 
-    LeftOut = LeftOut
+    LeftOut, Failed = LeftOut, Failed
 
     def __init__(self, work, machine, is_dry):
         self.work, self.is_dry, self.card = work, is_dry, machine["memory"]
@@ -185,7 +187,8 @@ class Bench:
 
     def run(self, command, env=None, fails=False):
         """Run a script as a user would; what it printed, its last line and its status."""
-        own = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{self.work}/cache"}
+        own = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+        own["HF_DATASETS_CACHE"] = f"{self.work}/cache"
         process = subprocess.Popen(
             [*PYTHON, *map(str, command)],
             stdout=subprocess.PIPE,
@@ -200,10 +203,9 @@ class Bench:
             log = process.communicate(timeout=max(1, limit))[0]
         except subprocess.TimeoutExpired:
             raise Failed("was not ready in time") from None
-        finally:  # whatever ended it, torchrun's processes too
+        finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                end(process)
         lines = [line for line in log.splitlines() if line.strip()] or ["(it said nothing)"]
         last = error_line(lines) or lines[-1]
         if process.returncode and not fails:
@@ -261,6 +263,18 @@ class Bench:
         (folder / "config.json").write_text(json.dumps(config), "utf-8")
 
 
+def end(process):
+    """Kill it and all that it started: torchrun's workers have sessions of their own."""
+    import psutil
+
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
+
+
 def do(bench, item, machine):
     """An item's result; whatever goes wrong in it is recorded, and the others go on."""
     began, bench.figures = time.monotonic(), {}
@@ -306,8 +320,27 @@ def write_results(file, results):
         fail(f"--output_file {file} cannot be written: {error.strerror}. Name another.")
 
 
+def machines(results):
+    """(machine, date) of what was measured on a GPU, each once."""
+    found = []
+    for result in results.values():
+        pair = result["machine"], result["date"]
+        if "CPU" not in pair[0]["device"] and pair not in found:
+            found.append(pair)
+    return found
+
+
 def table(results):
     """The page's table; what no GPU has shown is not measured."""
+    for machine, date in machines(results):
+        versions = machine["versions"]
+        names = "torch transformers datasets peft deepspeed bitsandbytes".split()
+        with_versions = ", ".join(
+            f"{name} {versions[name]}" for name in names if versions.get(name)
+        )
+        power = f"power limit {machine['power_limit_w']} W, driver {machine['driver']}"
+        yield f"Measured on {date}: {machine['device']}, {power}, {with_versions}."
+        yield ""
     yield "| Item | Expected | Measured |"
     yield "|---|---|---|"
     for item in ITEMS:
@@ -346,6 +379,7 @@ def check_all(args, results, work):
         and results[name]["machine"] == machine
     )
     todo = [item for item in args.items if not is_done(item.name)]
+    todo.sort(key=lambda item: item.name in results)  # what failed before comes last
     say("items", f"{len(todo)} of {len(args.items)} to do; {args.output_file}")
     bench = Bench(work, machine, args.dry_run)
     if todo:

@@ -1,5 +1,7 @@
 """How gpu_check.py does an item of each kind; gpu_items.py has the table of them."""
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -181,8 +183,13 @@ def plan_of(bench, item, model, more, lesson):
     kept = [word for name, value in pairs if name[2:] in known for word in (name, value)]
     stage = [] if "--deepspeed" in more else ["--zero_stage", "none"]
     where = ["--model_name_or_path", str(bench.work / model), "--method", method]
-    plan = complete(parse([*where, *kept, *stage, "--nodes", "1", "--gpus", str(item.gpus)]))
-    return fit(plan)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            words = [*where, *kept, *stage, "--nodes", "1", "--gpus", str(item.gpus)]
+            return fit(complete(parse(words)))
+    except SystemExit:  # it could not be computed: the other items can
+        raise bench.Failed(said.getvalue().strip()) from None
 
 
 def place(bench, item):
@@ -231,7 +238,9 @@ def real(bench, item, env=(), texts=None):
         "bytes_per_parameter": peak * GIB / results["total_parameters"],
     }  # fmt: skip
     text = f"{note}{model}: {speed:,.0f} tok/s, MFU {mfu:.0%} of {matmul / 1e12:,.0f} TFLOP/s, "
-    text += f"{peak:.1f} GiB ({bench.figures['bytes_per_parameter']:.1f} bytes a parameter), "
+    text += (
+        f"{peak:.1f} GiB ({bench.figures['bytes_per_parameter']:.1f} bytes a parameter in all), "
+    )
     text += f"{reserved:.1f} reserved, {computed:.1f} computed"
     good = bench.is_dry or (mfu >= item.limit and peak <= 1.1 * computed)
     return good, text

@@ -108,7 +108,7 @@ def make_examples(source, tokenizer, max_length, form=None):
         except Exception as error:  # a template can raise anything
             fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
         if not form and found == "messages" and turn_end_id(tokenizer) is None:
-            fail("the chat template shows not all turns, or no special token to stop at.")
+            fail("the template shows not all turns, or no special token to stop at.")
         form = form or found
         check(found == form, f"{place}: a row of another form ({found}) than before ({form}).")
         prompts = [[i for i, label in zip(*one, strict=True) if label == -100] for one in both]

@@ -142,7 +142,7 @@ def load_data(script, training, tokenizer, max_length):
             prompts.append({"prompt": ids, "number": len(rows)})
             rows.append((place, row))
     if form != "prompt" and turn_end_id(tokenizer) is None:
-        fail("the chat template shows not all turns, or no special token to stop at.")
+        fail("the template shows not all turns, or no special token to stop at.")
     check(tokenizer.eos_token_id is not None, "the tokenizer has no EOS token for answers to end.")
     check(prompts, f"{', '.join(map(str, source))}: no prompt within {room} tokens.")
     tokens, limit = sum(len(p["prompt"]) for p in prompts), training.max_completion_length

@@ -165,7 +165,7 @@ def exact_tokenizer(name, rows, say, grown=False, **remote):
                 break
     command = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
     remedy = f"Convert it once: {command} --output_dir NEW, and use NEW."
-    check(same, f"the tokenizer of {name} gives other ids than {Path(file).name} itself. {remedy}")
+    check(same, f"the tokenizer of {name} gives other ids than {file} itself. {remedy}")
     if load is auto.TokenizersBackend:
         say("tokenizer", f"PreTrainedTokenizerFast.from_pretrained({name!r}), not AutoTokenizer")
     last, given = max(tokenizer.get_vocab().values()), auto.get_tokenizer_config(name)

@@ -69,8 +69,7 @@ class ScriptArguments:
 # Where we start from other values than Trainer; the command line wins.
 DEFAULTS = {"output_dir": "output", "learning_rate": 1e-4, "logging_steps": 10}
 DEFAULTS |= {"train_sampling_strategy": "group_by_length", "ddp_find_unused_parameters": False}
-DEFAULTS |= {"log_level_replica": "error"}  # the first rank speaks for all
-DEFAULTS |= {"ddp_timeout": 6 * 3600}  # the other ranks wait while one prepares the data
+DEFAULTS |= {"log_level_replica": "error", "ddp_timeout": 6 * 3600}  # one speaks, prepares data
 DEFAULTS |= {"dataloader_num_workers": 2 * torch.cuda.is_available()}  # beside the GPU
 
 
@@ -93,6 +92,7 @@ CHAT_TEMPLATE = r"""
 """
 IDS, NUMBER, TEXT = List(Value("int32")), Value("int32"), Value("string")
 COLUMNS = Features(input_ids=IDS, labels=IDS, length=NUMBER, form=TEXT, outcome=TEXT)
+EMPTY_THOUGHT = r"(<think>|<\|channel>thought)\s*(</think>|<channel\|>)\s*$"
 UNUSED = "system history tools chosen rejected thinking reasoning reasoning_content".split()
 
 
@@ -142,10 +142,10 @@ def chat_pieces(messages, tokenizer):
                 before = render([{**message, "content": "\0"}], tokenize=False).split("\0")[0]
             after = render(messages[: number + 1], tokenize=False)
             # What asks may end in an empty thought, without which the answer is written (Nemotron).
-            is_open = after.startswith(before) or not before.rstrip().endswith("</think>")
-            start = before if is_open else before[: before.rindex("<think>")]
+            thought = not after.startswith(before) and re.search(EMPTY_THOUGHT, before)
+            start = before[: thought.start()] if thought else before
             answer = after[len(start) :]
-            if not after.startswith(start) or (start < before and answer.startswith("<think>")):
+            if not after.startswith(start) or (thought and answer.startswith(thought[1])):
                 raise ValueError("the template rewrites earlier turns, or what begins an answer.")
             if not before.startswith(done):
                 examples, done = [*examples, []], ""
@@ -189,8 +189,9 @@ def make_examples(source, tokenizer, max_length, form=None):
             encoded = [(pieces, *encode(pieces, tokenizer, first)) for pieces in examples]
         except Exception as error:  # a template can raise anything
             fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
-        if not form and found in ("messages", "instruction") and turn_end_id(tokenizer) is None:
-            fail("the chat template shows not all turns, or no special token to stop at.")
+        is_chat = found in ("messages", "instruction")
+        if is_chat and not form and turn_end_id(tokenizer) not in encoded[-1][1]:
+            fail("the template shows not all turns, or rows lack a special token that ends them.")
         form = form or found
         check(found == form, f"{place}: a row of another form ({found}) than before ({form}).")
         for pieces, ids, labels in encoded:
@@ -530,7 +531,7 @@ def load_tokenizer(script):
     tokenizer = exact_tokenizer(name, config.vocab_size, say, **remote)
     choose_chat_template(script.chat_template, tokenizer, script.chat_template_kwargs)
     if keep_run:  # the template may stand in another file, or take lists of parts alone
-        keep_run.find_template(name, script.chat_template, tokenizer, say)
+        keep_run.find_template(name, script.chat_template, tokenizer, say, CHAT_TEMPLATE)
     limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 10**9)
     length = min(1024, limit) if script.max_length is None else script.max_length
     check(2 <= length <= limit, f"--max_length {length} does not fit the {limit} positions.")
@@ -549,10 +550,10 @@ def choose_chat_template(name, tokenizer, values="{}"):
                 tokenizer.chat_template = "{{ bos_token }}" + template
         what = f"--chat_template_kwargs {values}"
         for key, value in json.loads(values).items():  # in the template: generation has them, too
-            template = tokenizer.get_chat_template()
-            check(key in template, f"{what}: the template does not use {key}.")
+            text = tokenizer.get_chat_template()  # not ns.KEY, nor namespace(KEY=true)
+            check(re.search(rf"[^.\w]{key}\b(?!=)", text), f"{what}: no {key} in the template.")
             default = f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
-            tokenizer.chat_template = default + "{{ '' }}" + template
+            tokenizer.chat_template = default + "{{ '' }}" + text
     except Exception as error:  # a template can raise anything
         fail(f"{what}: {error!r}. Two ready templates lie in ../chat_templates.")
 
@@ -590,7 +591,7 @@ def exact_tokenizer(name, rows, say, grown=False, **remote):
                 break
     command = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
     remedy = f"Convert it once: {command} --output_dir NEW, and use NEW."
-    check(same, f"the tokenizer of {name} gives other ids than {Path(file).name} itself. {remedy}")
+    check(same, f"the tokenizer of {name} gives other ids than {file} itself. {remedy}")
     if load is auto.TokenizersBackend:
         say("tokenizer", f"PreTrainedTokenizerFast.from_pretrained({name!r}), not AutoTokenizer")
     last, given = max(tokenizer.get_vocab().values()), auto.get_tokenizer_config(name)
@@ -610,8 +611,8 @@ def read_model(script, tokenizer, source, **options):
     if keep_run:  # a model that sees, too, and weights that are published quantised
         load = keep_run.prepare(config, source, options)
     is_plain = config.get_text_config() is config and not hasattr(config, "quantization_config")
-    problem = "a model that sees, or is published quantised, needs `jobs` beside"
-    check(keep_run or is_plain, f"{problem} this script's directory.")
+    is_plain &= not script.trust_remote_code
+    check(keep_run or is_plain, "own code, sight, and weights published quantised need `jobs`.")
     options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
     model, info = load.from_pretrained(source, config=config, **options, **remote)
     missing = sorted(info["missing_keys"])[:3]
@@ -660,10 +661,9 @@ def print_banner(script, trainer, run, resume):
 def begin(script, trainer, given, run, resume):
     """Say what is done, and hand the run to what keeps it."""
     args, model = trainer.args, trainer.model
-    if hasattr(model, "get_nb_trainable_parameters"):  # PEFT knows of packed and of single rows
-        trained, total = model.get_nb_trainable_parameters()
-    else:
-        trained, total = (get_model_param_count(model, only) for only in (True, False))
+    count = getattr(model, "get_nb_trainable_parameters", None)  # PEFT knows packed and single rows
+    trained, total = count() if count else [get_model_param_count(model, t) for t in (True, False)]
+    check(trained, "nothing is trained: no parameter has requires_grad.")
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     run |= {"trainable_parameters": trained, "total_parameters": total, "device": device}
     print_banner(script, trainer, run, resume)

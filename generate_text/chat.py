@@ -28,6 +28,7 @@ try:
         check_arguments,
         choose_precision,
         fail,
+        keep_answers,
         leading_ids,
         load_model,
         load_tokenizer,
@@ -95,7 +96,8 @@ def main(argv=None):
         why = f"{args.model_name_or_path}{args.origin}: {why}"
         fail(full if isinstance(error, torch.OutOfMemoryError) else why)
     note("model", f"{args.model_name_or_path} ({model.config.model_type}){args.origin}")
-    note("device", f"{model.device}, {precision} ({reason}); exit or Ctrl-D ends the chat")
+    where = f"{model.device}, {precision} ({reason}){args.quantised}"
+    note("device", f"{where}; exit or Ctrl-D ends the chat")
     try:
         talk(args, model, tokenizer)
     except torch.OutOfMemoryError:
@@ -125,7 +127,8 @@ def talk(args, model, tokenizer):
         output = model.generate(input_ids=ids, streamer=streamer, **options)
         new = output[0, len(prompt) :].tolist()
         end = next((i for i, token in enumerate(new) if token in stops), len(new))
-        answer = tokenizer.decode(new[:end], **plain)
+        start = keep_answers.start_of_answer(tokenizer, new[:end]) if keep_answers else 0
+        answer = tokenizer.decode(new[start:end], **plain)
         if not is_shown:  # the streamer has shown it already
             print(answer, flush=True)
         turns.append({"role": "assistant", "content": answer})

@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -191,12 +192,11 @@ def load_tokenizer(args):
     tokenizer = exact_tokenizer(name, config.vocab_size, note, **remote)
     if args.recorded and Path(args.model_name_or_path, "tokenizer_config.json").is_file():
         known, name = tokenizer.get_vocab().items(), args.model_name_or_path
-        # An adapter may bring rows for new tokens.
         tokenizer = exact_tokenizer(name, config.vocab_size, note, grown=True, **remote)
         check(known <= tokenizer.get_vocab().items(), f"{args.base} has another vocabulary.")
     choose_chat_template(args.chat_template, tokenizer, args.chat_template_kwargs)
     if keep_answers:  # the template may stand in another file, or take lists of parts alone
-        keep_answers.find_template(name, args.chat_template, tokenizer, note)
+        keep_answers.find_template(name, args.chat_template, tokenizer, note, CHAT_TEMPLATE)
     limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0)
     args.positions = limit or sys.maxsize
     return tokenizer
@@ -212,8 +212,7 @@ def load_model(args, precision, tokenizer):
         options["device_map"] = {"": int(gpu)}
     if args.recorded and hasattr(config, "quantization_config"):
         config.quantization_config["dequantize"] = True  # as it was when the adapter was trained
-    is_quantised = args.load_in_8bit or args.load_in_4bit
-    if is_quantised:
+    if is_quantised := args.load_in_8bit or args.load_in_4bit:
         modeling_falcon.FalconLinear = torch.nn.Linear  # the same; the quantiser skips subclasses
         bits = {"load_in_8bit": args.load_in_8bit, "load_in_4bit": args.load_in_4bit}
         bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -280,7 +279,7 @@ def main(argv=None):
         tokenizer = load_tokenizer(args)
         form, rows, prompts = read_prompts(args, tokenizer)
         if args.prompt_file and keep_answers:
-            keep_answers.claim_output(args, precision, prompts)
+            keep_answers.claim_output(args, precision, prompts, __file__)
         elif args.prompt_file:
             found = [file for end in ("", ".tmp") if Path(file := args.output_file + end).exists()]
             check(not found, f"{', '.join(found)} would be replaced: move it, or choose another.")
@@ -321,7 +320,8 @@ def generate(args, model, tokenizer, prompts, draw=0):
         for answer, new in zip(answers, output[:, width:].tolist(), strict=True):
             end = next((i for i, token in enumerate(new) if token in stops), len(new))
             tokens, cut = tokens + end, cut + (end == len(new))
-            answer[name] = tokenizer.decode(new[:end], **plain)
+            start = keep_answers.start_of_answer(tokenizer, new[:end]) if keep_answers else 0
+            answer[name] = tokenizer.decode(new[start:end], **plain)
     return answers, tokens, cut
 
 
@@ -443,10 +443,10 @@ def choose_chat_template(name, tokenizer, values="{}"):
                 tokenizer.chat_template = "{{ bos_token }}" + template
         what = f"--chat_template_kwargs {values}"
         for key, value in json.loads(values).items():  # in the template: generation has them, too
-            template = tokenizer.get_chat_template()
-            check(key in template, f"{what}: the template does not use {key}.")
+            text = tokenizer.get_chat_template()  # not ns.KEY, nor namespace(KEY=true)
+            check(re.search(rf"[^.\w]{key}\b(?!=)", text), f"{what}: no {key} in the template.")
             default = f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
-            tokenizer.chat_template = default + "{{ '' }}" + template
+            tokenizer.chat_template = default + "{{ '' }}" + text
     except Exception as error:  # a template can raise anything
         fail(f"{what}: {error!r}. Two ready templates lie in ../chat_templates.")
 
@@ -472,7 +472,7 @@ def exact_tokenizer(name, rows, say, grown=False, **remote):
                 break
     command = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
     remedy = f"Convert it once: {command} --output_dir NEW, and use NEW."
-    check(same, f"the tokenizer of {name} gives other ids than {Path(file).name} itself. {remedy}")
+    check(same, f"the tokenizer of {name} gives other ids than {file} itself. {remedy}")
     if load is auto.TokenizersBackend:
         say("tokenizer", f"PreTrainedTokenizerFast.from_pretrained({name!r}), not AutoTokenizer")
     last, given = max(tokenizer.get_vocab().values()), auto.get_tokenizer_config(name)

@@ -145,7 +145,7 @@ def main(argv=None):
         args.batch_size = args.batch_size or (8 if reason == "no GPU in use" else 64)
         tokenizer = load_tokenizer(args)
         rows, texts = read_prompts(args, tokenizer)
-        keep_answers.claim_output(args, precision, texts)
+        keep_answers.claim_output(args, precision, texts, __file__)
         model = load_model(args, precision, tokenizer).eval()
     except Exception as error:  # damaged files can raise anything
         why = error if " " in str(error) else repr(error)

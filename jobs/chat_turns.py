@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from model_text import CHAT_TEMPLATE
+from run_common import check
 from transformers.utils import cached_file
 
 # For templates that know parts alone: a turn's text becomes one.
@@ -30,14 +31,21 @@ FORMS = {}  # of a template: how it takes a call's arguments
 # ---- The template ----
 
 
-def find_template(name, asked, tokenizer, say):
+def find_template(name, asked, tokenizer, say, given=CHAT_TEMPLATE):
     """Where none was `asked` for and ours was set, take one that stands in a processor's file.
 
-    A template that takes parts alone gets the text of each turn as one.
+    A template that takes parts alone gets the text of each turn as one. `given` is the script's
+    own, which may have been edited.
     """
+    command = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
+    remedy = f"Convert it once: {command} --output_dir NEW, and use NEW."
+    is_whole = getattr(tokenizer, "fix_mistral_regex", None) is not False  # as transformers found
+    check(is_whole, f"{name}'s tokenizer splits numbers otherwise than its makers do. {remedy}")
     quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     quiet, is_ours = dict.fromkeys(quiet, False), str(tokenizer.chat_template)
-    is_ours = not asked and is_ours.endswith(CHAT_TEMPLATE)
+    is_ours = not asked and is_ours.endswith(given)
+    if not asked and not is_ours and given != CHAT_TEMPLATE:
+        say("template", "the model's own; the edited one is used with --chat_template alpaca")
     if is_ours and (file := cached_file(name, "chat_template.json", **quiet)):
         found = json.loads(Path(file).read_text("utf-8")).get("chat_template")
         if isinstance(found, str):

@@ -1,11 +1,11 @@
-"""Count the tokens of training data roughly, from the first rows of each file; for estimate.py."""
+"""Count the tokens of training data roughly, from 300 rows all over each file; for estimate.py."""
 
 import json
 import math
 import os
 from pathlib import Path
 
-from run_common import fail
+from run_common import check, fail
 
 
 def texts(value):
@@ -16,29 +16,61 @@ def texts(value):
         yield from texts(part)
 
 
-def first_rows(file):
-    """(the first 300 rows of a file, how many it has, roughly)."""
+def some_rows(file):
+    """(up to 300 rows from all over a file, how many it has, roughly)."""
     path = Path(os.path.expanduser(file))
     try:
         if path.suffix.lower() == ".parquet":
             from pyarrow.parquet import ParquetFile
 
             parquet = ParquetFile(path)
-            return next(parquet.iter_batches(300)).to_pylist(), parquet.metadata.num_rows
-        with path.open(encoding="utf-8-sig") as lines:
-            if lines.read(1000).lstrip().startswith("["):
-                rows = json.loads(path.read_text("utf-8-sig"))
-                return rows[:300], len(rows)
-            lines.seek(0)
-            lines = [line for _, line in zip(range(300), lines, strict=False) if line.strip()]
-        size = sum(len(line.encode()) for line in lines)
-        return [json.loads(line) for line in lines], path.stat().st_size / size * len(lines)
+            number, groups = parquet.metadata.num_rows, range(parquet.num_row_groups)
+            groups = groups[:: max(1, len(groups) // 10)]
+            rows = spread(parquet.read_row_groups(list(groups)).to_pylist())
+        elif is_list(path):
+            rows = json.loads(path.read_text("utf-8-sig"))
+            rows, number = spread(rows), len(rows)
+        else:
+            lines = some_lines(path)
+            number = path.stat().st_size / max(1, sum(map(len, lines))) * len(lines)
+            rows = [json.loads(line.decode("utf-8-sig")) for line in lines]
     except Exception as error:  # of a damaged file, anything
-        return fail(f"--train_file {file}: {error!r}")
+        fail(f"--train_file {file}: {error!r}")
+    is_good = rows and all(isinstance(row, dict) for row in rows)
+    check(
+        is_good, f"--train_file {file} holds no rows: wanted are objects, one a line or in a list."
+    )
+    return rows, number
+
+
+def spread(rows):
+    """Ten rows in succession at each of 30 places."""
+    starts = range(0, len(rows), max(10, len(rows) // 30))
+    return [row for start in starts for row in rows[start : start + 10]]
+
+
+def is_list(path):
+    with path.open(encoding="utf-8-sig") as file:
+        return file.read(1000).lstrip().startswith("[")
+
+
+def some_lines(path):
+    """Ten lines at each of 30 places of a file."""
+    found, size = {}, path.stat().st_size
+    with path.open("rb") as file:
+        for part in range(30):
+            file.seek(part * size // 30)
+            if part:
+                file.readline()  # the rest of a line
+            for _ in range(10):
+                place, line = file.tell(), file.readline()
+                if line.strip():
+                    found[place] = line
+    return list(found.values())
 
 
 def look_at_data(args):
-    """(tokens of the training data, those of its longest row), from the first rows of each file."""
+    """(tokens of the training data, those of its longest row), from some rows of each file."""
     from transformers import AutoTokenizer
 
     try:
@@ -48,7 +80,7 @@ def look_at_data(args):
         length = lambda text: len(text.encode()) / 3  # noqa: E731 -- a Japanese letter
     tokens, longest = 0, 2
     for file in args.train_file:
-        rows, number_of_rows = first_rows(file)
+        rows, number_of_rows = some_rows(file)
         lengths = [length("\n".join(texts(row))) for row in rows]
         longest = max(longest, *lengths)
         if "text" not in rows[0]:  # texts are split, other rows are cut

@@ -64,8 +64,8 @@ def parse(argv, only_known=True):
     add("--optim", default="adamw_torch_fused", help="adamw_bnb_8bit: 2 bytes instead of 8.")
     add("--zero_stage", choices=[*STAGES, "0", "1", "2", "3"], help="Default: the first that fits.")
     add("--deepspeed", help="A configuration instead of --zero_stage.")
-    add("--nodes", type=number, help="Nodes of rt_HF. Default: the fewest GPUs that fit.")
-    add("--gpus", type=number, help="GPUs of each node: 1 is rt_HG, 8 is rt_HF.")
+    add("--nodes", type=number, help="Nodes of rt_HF, 128 at most. Default: the fewest that fit.")
+    add("--gpus", type=number, help="GPUs of a node: 1 is rt_HG, 8 is rt_HF.")
     add("--tokens", type=number, help="Tokens of the training data, read once.")
     add("--train_file", nargs="+", help="Count them roughly here instead.")
     add("--num_train_epochs", type=number, default=3)
@@ -110,7 +110,7 @@ def complete(args):
     check(args.model_name_or_path, "--model_name_or_path is missing (or type --all).")
     args.config, args.job_model = load_config(args.model_name_or_path)
     text = args.config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", 0) or getattr(text, "max_seq_len", 1024)
+    limit = getattr(text, "max_position_embeddings", 0) or getattr(text, "max_seq_len", 10**9)
     args.max_length = args.max_length or min(1024, limit)
     check(args.max_length <= limit, f"--max_length {args.max_length} is over {limit} positions.")
     args.precision = "bf16" if args.precision == "auto" else args.precision
@@ -135,7 +135,8 @@ def complete(args):
     if (args.zero_stage or "").isdigit():
         args.zero_stage = STAGES[int(args.zero_stage)]
     check(args.zero_stage in (None, *STAGES), f"{args.zero_stage} is unknown: {', '.join(STAGES)}.")
-    for name in ("nodes", "gpus", "max_length", "per_device_train_batch_size"):
+    check(not args.nodes or args.nodes <= 128, "--nodes: ABCI gives 128 to a job at most.")
+    for name in ("nodes", "gpus", "max_length", "per_device_train_batch_size", "lora_r"):
         value = getattr(args, name)
         check(value is None or value == int(value), f"--{name} {value} is no whole number.")
     return args
@@ -148,7 +149,7 @@ def minutes(args, tokens):
     operations = OPERATIONS[args.method] + 2 * args.activation_checkpointing
     if args.train not in ("last_layer", "last_block"):
         operations += 2
-    return operations * args.counts.base * tokens / speed / 60
+    return operations * (args.counts.base - args.counts.idle) * tokens / speed / 60
 
 
 # ---- What it prints ----
@@ -165,7 +166,8 @@ def qsub_line(args, hours):
     names = {"MODEL": model, "TRAIN_FILE": data, "OUTPUT_DIR": output}
     if args.stage != "none" or args.nodes > 1:
         is_plain = args.stage == "none"
-        names["DEEPSPEED"] = "" if is_plain else f"../deepspeed_configs/{args.stage}.json"
+        own = args.deepspeed and str(Path(args.deepspeed).resolve())
+        names["DEEPSPEED"] = "" if is_plain else own or f"../deepspeed_configs/{args.stage}.json"
     for name, value in names.items():
         good = re.fullmatch(r"[^\s,\"'\\$`]*", value)
         check(good, f"{name}={value} does not pass through qsub -v: take blanks and commas away.")
@@ -179,6 +181,11 @@ def qsub_line(args, hours):
     given = ("attn_implementation", "optim", "max_steps", "train", "lora_r")
     words |= {n: getattr(args, n) for n in given if getattr(args, n) != parse([]).__dict__[n]}
     words |= {f"load_in_{BITS[args.method]}bit": "true"} if args.method in BITS else {}
+    modules = {n: ",".join(getattr(args, n)) for n in ("lora_target_modules", "modules_to_save")}
+    words |= {n: value for n, value in modules.items() if value not in ("", "all-linear")}
+    for name, value in words.items():
+        problem = f"--{name} {value} does not pass through qsub -v: put it into a settings file"
+        check(re.fullmatch(r"[^\s,\"'\\$`]*", str(value)), f"{problem}, CONFIG=.")
     names["ARGS"] = f'"{" ".join(f"--{name} {value}" for name, value in words.items())}"'
     variables = ",".join(f"{name}={value}" for name, value in names.items())
     nodes = f" -l select={args.nodes}" if args.nodes > 1 else ""
@@ -248,10 +255,13 @@ def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.all:
         return print(*table(), sep="\n")
+    check(args.gpus in (None, 1, 8), "--gpus is 1 (rt_HG) or 8 (rt_HF): no job has another number.")
     args, tokens = complete(args), args.tokens
     if args.train_file:
         check(not tokens and len(args.train_file) == 1, "give --tokens, or one --train_file.")
-        tokens, args.max_length = look_at_data(args)
+        tokens, longest = look_at_data(args)
+        text = f"about {tokens:,.0f} tokens; the longest of some rows has {longest:,}"
+        say("data", f"{text}, the memory is that of rows of {args.max_length:,}")
     fit(args)
     tokens = (tokens or 0) * args.num_train_epochs
     return show(args, step_tokens(args) * args.max_steps if args.max_steps > 0 else tokens)

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from chat_turns import find_template, plain  # noqa: F401 -- for generate_text.py
+from model_text import start_of_answer  # noqa: F401 -- for generate_text.py
 from run_common import check, fail, read_deadline
 
 
@@ -29,10 +30,11 @@ def note(name, text):
         print(f"{name:<11}{text}", file=sys.stderr)  # stdout holds answers only
 
 
-def claim_output(args, precision, prompts):
+def claim_output(args, precision, prompts, script):
     """Refuse to mix answers, or to replace a file of others; a finished run ends here.
 
-    `precision` and the ids of the prompts are compared with those of the answers so far.
+    `precision`, the ids of the prompts and the script's text are compared with those of the
+    answers so far.
     """
     is_one_node = int(os.environ.get("LOCAL_WORLD_SIZE", args.ranks)) == args.ranks
     check(is_one_node, "several processes must be on one node. Split the file for several nodes.")
@@ -40,6 +42,7 @@ def claim_output(args, precision, prompts):
     signal.signal(signal.SIGTERM, lambda *_: setattr(args, "deadline", 0))
     output = Path(args.output_file).resolve()
     settings = describe(args, precision, prompts)
+    settings["script"] = hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]
     record = Path(f"{output}.settings.json")
     if args.rank > 0:
         wait_for_first(args, output)
@@ -119,8 +122,9 @@ def this_start():
 
 def prepare(config, options):
     """The class to load a model by, and what is not to be rounded, as in training."""
-    from model_layers import auto_class, keep_read_past
+    from published import auto_class, check_packing, keep_read_past
 
+    check_packing(config, config.name_or_path)
     keep_read_past(config, options)
     return auto_class(config)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 from keep_run import KeepRun
+from model_text import start_of_answer
 from run_common import check, fail, say
 from script_parts import peak_memory
 from transformers.hf_argparser import HfArg
@@ -124,7 +125,8 @@ class RewardTrainer(GRPOTrainer):
         plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         for i, ids in zip(number, completion_ids, strict=True):
             end = next((k for k, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
-            answers.append(self.processing_class.decode(ids[:end], **plain))  # as generation does
+            start = start_of_answer(self.processing_class, ids[:end])  # as generation does
+            answers.append(self.processing_class.decode(ids[start:end], **plain))
             scored.append(self.parts(i, answers[-1]))
         for name in self.names:
             log_metric(f"reward/{name}", sum(parts[name] for parts in scored) / len(scored))

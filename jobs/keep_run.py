@@ -22,8 +22,9 @@ import yaml
 from chat_turns import find_template, plain  # noqa: F401 -- for scripts
 from check_arguments import check_tokens, read_words, refuse, settle  # noqa: F401
 from find_run import find_run  # noqa: F401
-from model_layers import freeze_beside_text, prepare  # noqa: F401
+from model_layers import freeze_beside_text  # noqa: F401
 from prepare_data import from_generator  # noqa: F401
+from published import check_own_code, prepare  # noqa: F401
 from run_common import check, fail
 from run_files import (
     find_checkpoints,
@@ -50,6 +51,7 @@ class KeepRun(transformers.TrainerCallback):
         self.base = given["model_name_or_path"]
         self.keep = given.get("save_total_limit") or sys.maxsize
         keep_ends(trainer.model.generation_config, self.base)
+        check_own_code(trainer.model)
         weights, trained = run["total_parameters"], run["trainable_parameters"]
         moments = (2 if "8bit" in args.optim else 8) + 8 * bool(args.deepspeed)
         if hasattr(trainer.model, "peft_config"):
@@ -197,11 +199,11 @@ class KeepRun(transformers.TrainerCallback):
 
 
 def keep_ends(settings, base):
-    """Where the makers name several ends, such as that of a tool's call, keep them, too."""
+    """Keep the ends that the makers name, such as that of a tool's call, too."""
     with suppress(Exception):  # a model may come without such settings
         ends = transformers.GenerationConfig.from_pretrained(base).eos_token_id
-        if isinstance(ends, list):
-            settings.eos_token_id = sorted({*settings.eos_token_id, *ends})
+        ends = ends if isinstance(ends, list) else [ends]
+        settings.eos_token_id = sorted({*settings.eos_token_id, *ends} - {None})
 
 
 def draw_nothing(evaluate):
@@ -272,7 +274,7 @@ def tell_tokenizer(directory):
     own = transformers.TokenizersBackend.from_pretrained(directory)  # tokenizer.json as it stands
     text = "It's WE'LL 1234567  ｱＡＢ鬱😀\n\n\n" + own.decode([*range(0, len(own), 7)])
     with suppress(TypeError):  # a class may not even take in the file
-        plain = transformers.AutoTokenizer.from_pretrained(directory)
+        plain = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         if plain(text)["input_ids"] == own(text)["input_ids"]:
             return
     file = directory / "README.md"

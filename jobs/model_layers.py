@@ -1,5 +1,5 @@
 """What a model consists of: the matrices in its layers, and what adapters can stand beside; what it
-sees with, and weights that are published quantised.
+sees with. published.py loads it.
 """
 
 import inspect
@@ -7,14 +7,12 @@ import logging
 import math
 import re
 from contextlib import nullcontext
-from copy import deepcopy
 from functools import cache
 
 import torch
 import transformers
 from run_common import check, say
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.quantizers.base import get_keys_to_not_convert
 
 READ_PAST = "its weight is read past an adapter"  # by fused kernels, Mamba's for example
 
@@ -168,41 +166,7 @@ def ends_of(names):
     return ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}))
 
 
-# ---- Models that see, and weights that are published quantised ----
-
-
-def prepare(config, path, options):
-    """Return the class to load by; weights that are published quantised are to be unpacked.
-
-    A model that sees keeps what it sees with. `options` are those of from_pretrained.
-    """
-    if stored := getattr(config, "quantization_config", None):
-        kind, rounds = stored.get("quant_method"), "quantization_config" in options
-        remedy = "Leave --load_in_... out." if rounds else "Fetch it in bf16 or fp16."
-        is_good = kind in ("mxfp4", "fp8", "mxfp8", "compressed-tensors") and not rounds
-        check(is_good, f"{path} is published in {kind}, which cannot be trained so. {remedy}")
-        say("unpacked", f"the weights are published in {kind}; what is saved is not")
-        stored["dequantize"] = True
-    keep_read_past(config, options)
-    return auto_class(config)
-
-
-def auto_class(config):
-    """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
-    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
-
-
-def keep_read_past(config, options):
-    """Keep in 16 bit what code reads past its layer: it would find packed numbers there."""
-    rounding, load = options.get("quantization_config"), auto_class(config)
-    is_known = type(config) in load._model_mapping  # not of a repository's own code
-    if is_known and isinstance(rounding, transformers.BitsAndBytesConfig):
-        with torch.device("meta"):
-            model = load.from_config(deepcopy(config))
-        past = [name for name, (_, why) in weigh_layers(model).items() if why == READ_PAST]
-        if past:
-            rounding.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *past]
+# ---- Models that see ----
 
 
 def freeze_beside_text(model, path=None):
@@ -255,6 +219,8 @@ def check_part(script, training, choose_parameters):
 
     `choose_parameters(model, script.train)` returns names, and refuses what it does not find.
     """
+    from published import prepare
+
     check_expression(script.train)
     if is_deepspeed_zero3_enabled():
         return  # the twin below would be spread over the GPUs; the model itself gets the same check

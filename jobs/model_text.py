@@ -4,7 +4,9 @@ finetune_dpo.py and finetune_grpo.py import this file: the ids there are those o
 """
 
 import json
+import re
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 
 from run_common import check, fail
@@ -23,6 +25,10 @@ CHAT_TEMPLATE = r"""
     {{- '### 応答:\n' }}
 {%- endif %}
 """
+
+
+# Copied from finetune_full/finetune_full.py
+EMPTY_THOUGHT = r"(<think>|<\|channel>thought)\s*(</think>|<channel\|>)\s*$"
 
 
 # Copied from finetune_full/finetune_full.py
@@ -51,10 +57,10 @@ def chat_pieces(messages, tokenizer):
                 before = render([{**message, "content": "\0"}], tokenize=False).split("\0")[0]
             after = render(messages[: number + 1], tokenize=False)
             # What asks may end in an empty thought, without which the answer is written (Nemotron).
-            is_open = after.startswith(before) or not before.rstrip().endswith("</think>")
-            start = before if is_open else before[: before.rindex("<think>")]
+            thought = not after.startswith(before) and re.search(EMPTY_THOUGHT, before)
+            start = before[: thought.start()] if thought else before
             answer = after[len(start) :]
-            if not after.startswith(start) or (start < before and answer.startswith("<think>")):
+            if not after.startswith(start) or (thought and answer.startswith(thought[1])):
                 raise ValueError("the template rewrites earlier turns, or what begins an answer.")
             if not before.startswith(done):
                 examples, done = [*examples, []], ""
@@ -103,10 +109,10 @@ def choose_chat_template(name, tokenizer, values="{}"):
                 tokenizer.chat_template = "{{ bos_token }}" + template
         what = f"--chat_template_kwargs {values}"
         for key, value in json.loads(values).items():  # in the template: generation has them, too
-            template = tokenizer.get_chat_template()
-            check(key in template, f"{what}: the template does not use {key}.")
+            text = tokenizer.get_chat_template()  # not ns.KEY, nor namespace(KEY=true)
+            check(re.search(rf"[^.\w]{key}\b(?!=)", text), f"{what}: no {key} in the template.")
             default = f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
-            tokenizer.chat_template = default + "{{ '' }}" + template
+            tokenizer.chat_template = default + "{{ '' }}" + text
     except Exception as error:  # a template can raise anything
         fail(f"{what}: {error!r}. Two ready templates lie in ../chat_templates.")
 
@@ -146,7 +152,7 @@ def exact_tokenizer(name, rows, say, grown=False, **remote):
                 break
     command = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
     remedy = f"Convert it once: {command} --output_dir NEW, and use NEW."
-    check(same, f"the tokenizer of {name} gives other ids than {Path(file).name} itself. {remedy}")
+    check(same, f"the tokenizer of {name} gives other ids than {file} itself. {remedy}")
     if load is auto.TokenizersBackend:
         say("tokenizer", f"PreTrainedTokenizerFast.from_pretrained({name!r}), not AutoTokenizer")
     last, given = max(tokenizer.get_vocab().values()), auto.get_tokenizer_config(name)
@@ -157,3 +163,26 @@ def exact_tokenizer(name, rows, say, grown=False, **remote):
     has = not asked or leading_ids(tokenizer) == [tokenizer.bos_token_id]
     check(has, f"the tokenizer of {name} gives no BOS, which its files ask for. {remedy}")
     return tokenizer
+
+
+def start_of_answer(tokenizer, ids):
+    """Where an answer's text begins: behind what the template writes before it, as gpt-oss's does.
+
+    Thoughts that the model wrote before are left out with it.
+    """
+    opening = opening_of(tokenizer, str(tokenizer.chat_template))
+    places = [k for k in range(len(ids)) if opening and ids[k : k + len(opening)] == opening]
+    return places[-1] + len(opening) if places else 0
+
+
+@cache
+def opening_of(tokenizer, _template):
+    """The ids between a prompt and its answer, where special tokens are among them; else none."""
+    turns, ids = [{"role": role, "content": "yes!"} for role in ("user", "assistant")], []
+    with suppress(Exception):  # a template may not take these turns
+        render = partial(tokenizer.apply_chat_template, tokenize=False)
+        before, after = render(turns[:1], add_generation_prompt=True), render(turns)
+        text = after.removeprefix(before).partition("yes!")[0] if after.startswith(before) else ""
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return ids if added & {*ids} else []

@@ -41,6 +41,12 @@ class FineTuner(DPOTrainer):
         args.disable_dropout = False  # without_dropout did it
         args.router_aux_loss_coef = 0.0  # the other scripts have no loss of routers, either
         reference = vars(args).pop("reference")  # the arguments are saved
+        # The loss of a row that fills up a batch: it has no answers, so that its margin is 0.
+        zeros = {"sigmoid": math.log(2), "robust": math.log(2), "hinge": 1}
+        zeros["ipo"] = 1 / (2 * args.beta) ** 2
+        (kind, *others), known = args.loss_type, ", ".join(zeros)
+        check(kind in zeros and not others, f"loss_type {args.loss_type}: one of {known} works.")
+        self.at_zero = zeros[kind]
         kept = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
         owners = data["processing_class"], model.config.get_text_config(), model.generation_config
         pads = [owner.pad_token_id for owner in owners]
@@ -82,8 +88,7 @@ class FineTuner(DPOTrainer):
         if not self.is_checked:
             self.is_checked = check_head(model, inputs)
         loss = super().compute_loss(model, inputs)
-        # A row that fills up a batch has no answers: its margin is 0, its loss this.
-        summed = loss * rows - math.log(2) * (rows - pairs)
+        summed = loss * rows - self.at_zero * (rows - pairs)
         sums = summed.detach().double()
         self.sums += torch.stack([sums, sums.new_tensor(pairs), tokens.to(sums)])
         loss = summed / num_items_in_batch * self.args.world_size

@@ -16,7 +16,7 @@ import keep_run
 import model_layers
 import torch
 import transformers
-from model_text import choose_chat_template, exact_tokenizer, turn_end_id
+from model_text import CHAT_TEMPLATE, choose_chat_template, exact_tokenizer, turn_end_id
 from pyarrow import parquet
 from run_common import check, fail, say
 from transformers import AutoModelForCausalLM
@@ -63,7 +63,7 @@ def load_tokenizer(script):
     tokenizer = exact_tokenizer(name, config.vocab_size, say, **remote)
     choose_chat_template(script.chat_template, tokenizer, script.chat_template_kwargs)
     if keep_run:  # the template may stand in another file, or take lists of parts alone
-        keep_run.find_template(name, script.chat_template, tokenizer, say)
+        keep_run.find_template(name, script.chat_template, tokenizer, say, CHAT_TEMPLATE)
     limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 10**9)
     length = min(1024, limit) if script.max_length is None else script.max_length
     check(2 <= length <= limit, f"--max_length {length} does not fit the {limit} positions.")
@@ -78,8 +78,8 @@ def read_model(script, tokenizer, source, **options):
     if keep_run:  # a model that sees, too, and weights that are published quantised
         load = keep_run.prepare(config, source, options)
     is_plain = config.get_text_config() is config and not hasattr(config, "quantization_config")
-    problem = "a model that sees, or is published quantised, needs `jobs` beside"
-    check(keep_run or is_plain, f"{problem} this script's directory.")
+    is_plain &= not script.trust_remote_code
+    check(keep_run or is_plain, "own code, sight, and weights published quantised need `jobs`.")
     options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
     model, info = load.from_pretrained(source, config=config, **options, **remote)
     missing = sorted(info["missing_keys"])[:3]
@@ -136,12 +136,13 @@ def add_adapter(script, training, tokenizer, model):
     else:
         plain = not (whole or script.load_in_8bit) and all(w.dim() < 3 for w in model.parameters())
         check(plain, "--modules_to_save, 8 bit, experts, Mamba layers need `jobs` beside this.")
+        lost = {*modules} - {n.rpartition(".")[2] for n, _ in model.named_modules()}
+        check(lost <= {"all-linear", "none"}, f"--lora_target_modules {lost}: no layer's name.")
         modules = {"all-linear": "all-linear", "none": []}.get(",".join(modules), modules)
     # A file may hold a head of its own in spite of its configuration, as Falcon's does.
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    model.config.tie_word_embeddings = head.weight is embedding.weight
-    ends = [embedding] if head.weight is embedding.weight else [embedding, head]
-    ends = [name for name, module in model.named_modules() if module in ends]
+    model.config.tie_word_embeddings = is_tied = head.weight is embedding.weight
+    ends = [n for n, m in model.named_modules() if m is embedding or (m is head and not is_tied)]
     rows = [tokenizer.get_vocab()[token] for token in script.new_tokens]
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -156,8 +157,7 @@ def add_adapter(script, training, tokenizer, model):
     warnings.filterwarnings("ignore", module="peft|transformers")  # of what PEFT mends itself
     transformers.set_seed(training.seed)  # the adapter begins at random
     model = get_peft_model(model, config)
-    # Some of DeepSpeed's files want 16 bit, and keep copies in fp32.
-    for parameter in (p for p in model.parameters() if p.requires_grad):
+    for parameter in (p for p in model.parameters() if p.requires_grad):  # 16 bit for DeepSpeed
         parameter.data = parameter.data.to(getattr(training, "kept_in", torch.float32))
     if model_layers:
         model_layers.check_targets(model, modules)
@@ -242,10 +242,9 @@ def print_banner(script, trainer, run, resume):
 def begin(script, trainer, given, run, resume):
     """Say what is done, and hand the run to what keeps it."""
     args, model = trainer.args, trainer.model
-    if hasattr(model, "get_nb_trainable_parameters"):  # PEFT knows of packed and of single rows
-        trained, total = model.get_nb_trainable_parameters()
-    else:
-        trained, total = (get_model_param_count(model, only) for only in (True, False))
+    count = getattr(model, "get_nb_trainable_parameters", None)  # PEFT knows packed and single rows
+    trained, total = count() if count else [get_model_param_count(model, t) for t in (True, False)]
+    check(trained, "nothing is trained: no parameter has requires_grad.")
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     run |= {"trainable_parameters": trained, "total_parameters": total, "device": device}
     print_banner(script, trainer, run, resume)

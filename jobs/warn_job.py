@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import yaml
-from count_memory import GPU_GB, fit
+from count_memory import GPU_GB, MARGIN, fit
 from count_tokens import look_at_data
 from estimate import complete, minutes, parse, step_tokens
 from run_common import read_deadline, say
@@ -52,7 +52,7 @@ def gpu_bytes():
     with contextlib.suppress(OSError, ValueError, IndexError, subprocess.SubprocessError):
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
         return int(out.split()[0]) * 2**20
-    return GPU_GB * 1e9
+    return GPU_GB / MARGIN * 1e9
 
 
 def share_done(output_dir):
@@ -69,7 +69,7 @@ def warn(args):
     tokens, args.max_length = look_at_data(args) if args.train_file else (0, args.max_length)
     fit(args)
     size, rows = gpu_bytes(), args.per_device_train_batch_size
-    if args.need > size:
+    if args.need > MARGIN * size:
         text = f"{rows} rows x {args.max_length} tokens need {args.need / 1e9:.0f} GB of this GPU's"
         remedy = "python ../jobs/estimate.py tells what fits"
         say("warning", f"does not fit: {text} {size / 1e9:.0f} GB (computed); {remedy}")

@@ -142,6 +142,33 @@ def test_activations_within_a_tenth(case, tmp_path):
         assert computed == pytest.approx(measured, rel=0.1), f"{computed:,} {measured:,}"
 
 
+def test_checkpointing_in_16_bit(tmp_path):
+    """Layer norms are fp32 in autocast; what is computed again has to come out in the same."""
+    words = ["--max_length", 64, "--method", "lora"]
+    config = tiny_config("gpt_neox")
+    plans = [
+        plan_of(tmp_path / str(on), copy.deepcopy(config), *words, "--activation_checkpointing", on)
+        for on in (True, False)
+    ]
+    for plan in plans:
+        plan.precision = "bf16"
+    saved, plain = (count_memory.activations(plan)(8)[0] for plan in plans)
+    assert 0 < saved < plain
+
+
+def test_experts_a_token_does_not_pass(tmp_path):
+    """Two of eight experts compute: time goes by the other weights and a quarter of these."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 300}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("mixtral", **sizes, num_local_experts=8)
+    model = AutoModelForCausalLM.from_config(config)
+    experts = sum(p.numel() for n, p in model.named_parameters() if "experts" in n)
+    for method in ("full", "lora"):
+        counts = count_memory.count(plan_of(tmp_path, copy.deepcopy(config), "--method", method))
+        assert experts == 2 * 8 * 3 * 64 * 96 and counts.idle == experts * 3 / 4
+        assert counts.base == sum(p.numel() for p in model.parameters())
+
+
 def test_logits_count_where_something_is_learned(tmp_path):
     """A tenth of the tokens with a loss, and a large vocabulary: measured again."""
     config = tiny_config("llama", layers=1)
@@ -333,6 +360,23 @@ def test_the_line_to_type(tmp_path, capsys, monkeypatch, small):
         assert ("load_in_4bit" in options) == (method == "qlora")
 
 
+def test_the_line_says_what_was_computed(tmp_path, capsys, small):
+    """The length that was asked for, the modules, the file of DeepSpeed; or that it cannot."""
+    data = write_jsonl(tmp_path / "my.jsonl", [{"text": "a"}] * 300 + [{"text": "a" * 900}] * 9000)
+    own = tmp_path / "own.json"
+    own.write_text((ROOT / "deepspeed_configs" / "zero2.json").read_text())
+    where = ["--model_name_or_path", "open-calm-7b", "--method", "lora", "--train_file", data]
+    more = ["--deepspeed", own, "--nodes", 1, "--lora_target_modules", "query_key_value"]
+    out = run(capsys, *where, *more, "--max_length", 64)
+    assert "--max_length 64 " in out and "rows x 64 tokens" in out  # short rows stand in front
+    assert f"DEEPSPEED={own}," in out and "--lora_target_modules query_key_value" in out
+    found = int(re.search(r"about ([\d,]+) tokens", out)[1].replace(",", ""))
+    assert found == pytest.approx(9000 * 300, rel=0.1)  # of 3 bytes each, where no tokenizer is
+    with pytest.raises(SystemExit):
+        run(capsys, *where, *more[:-1], "query_key_value,dense", "--max_length", 64)
+    assert "does not pass through qsub -v: put it into a settings" in capsys.readouterr().err
+
+
 def test_time_points_and_walltime(capsys, small):
     """6.9 billion x 8 x 5.12 million operations at 2.97e14 a second are 15.9 minutes."""
     where = ["--model_name_or_path", "falcon-7b", "--gpus", 1, "--zero_stage", "none"]
@@ -355,7 +399,11 @@ BAD = [
     ("--model_name_or_path falcon-7b --method last_layer --nodes 2", "no job for several nodes"),
     ("--model_name_or_path falcon-7b --learned_share 2", "at most 1"),
     ("--model_name_or_path falcon-7b --train_file no.jsonl", "--train_file no.jsonl"),
-    ("--model_name_or_path falcon-7b --gpus 1.5", "no whole number"),
+    ("--model_name_or_path falcon-7b --gpus 2", "--gpus is 1 (rt_HG) or 8"),
+    ("--model_name_or_path falcon-7b --nodes 1.5", "no whole number"),
+    ("--model_name_or_path falcon-7b --nodes 129", "128 to a job at most"),
+    ("--model_name_or_path falcon-7b --method lora --lora_r 1.5", "no whole number"),
+    ("--model_name_or_path falcon-7b --attn_implementation no", "cannot be built for this"),
     ("--model_name_or_path falcon-7b --batch 4", "unrecognized"),
 ]
 
@@ -368,6 +416,14 @@ def test_bad_input_is_one_line(words, message, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("text", ["", "[]", "1\n2\n", '["a"]'])
+def test_data_without_rows_is_one_line(text, tmp_path, capsys):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        count_tokens.some_rows(str(tmp_path / "a.json"))
+    assert stopped.value.code == 2 and "holds no rows" in capsys.readouterr().err
 
 
 def test_data_is_counted_roughly(tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import math
 import os
 import shutil
 import signal
@@ -124,6 +125,27 @@ def test_three_steps_by_hand(kind, script, checkpoints, gemma, pairs_file, tmp_p
     assert results(tmp_path)["train_rewards/margins"] == logged[2]["rewards/margins"]
     size = (tmp_path / "training_args.bin").stat().st_size
     assert size < 20_000, "it holds the reference model"
+
+
+@pytest.mark.parametrize("kind", ["ipo", "hinge", "robust", "bco_pair"])
+def test_another_loss(kind, script, checkpoints, pairs_file, tmp_path, monkeypatch):
+    """Set in load_model, as the page says: three pairs and one that fills up count as three."""
+    load = script.load_model
+
+    def load_model(script, training, *more):
+        training.loss_type, training.label_smoothing = [kind], 0.1 * (kind == "robust")
+        return load(script, training, *more)
+
+    monkeypatch.setattr(script, "load_model", load_model)
+    words = [*PLAIN, "--per_device_train_batch_size", 4, "--max_steps", 2, "--beta", 0.1]
+    if kind == "bco_pair":
+        with pytest.raises(SystemExit):
+            train(script, checkpoints["llama"], pairs_file, tmp_path, *words)
+        return
+    logged = train(script, checkpoints["llama"], pairs_file, tmp_path, *words, "--learning_rate", 0)
+    wanted = {"ipo": 25, "hinge": 1, "robust": math.log(2)}[kind]  # of a margin of 0
+    found = [entry["loss"] for entry in logged if "loss" in entry]
+    assert found == pytest.approx([wanted, wanted], rel=1e-5)
 
 
 def test_an_adapter_by_hand(script, checkpoints, pairs_file, tmp_path, capsys):

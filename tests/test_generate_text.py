@@ -1290,7 +1290,7 @@ def test_an_old_note_is_nobody_s(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # of two: the other is on another node
     args.__dict__.update(prompt_file=str(tmp_path / "out"), base="m", model_name_or_path="m")
     with pytest.raises(SystemExit):
-        keep_answers.claim_output(args, "fp32", [])
+        keep_answers.claim_output(args, "fp32", [], __file__)
     assert "on one node" in capsys.readouterr().err
 
 

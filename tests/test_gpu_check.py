@@ -240,7 +240,10 @@ def test_a_failing_item_is_recorded_and_the_others_go_on(monkeypatch, tmp_path):
     def hang(bench, item):
         bench.ends = time.monotonic() + 1
         file = tmp_path / "late"
-        return True, bench.run(["-c", f"import time; time.sleep(3); open({str(file)!r}, 'w')"])
+        late = f"import time; time.sleep(3); open({str(file)!r}, 'w')"
+        # As torchrun starts its workers: in a session of their own.
+        start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {late!r}], "
+        return True, bench.run(["-c", f"{start}start_new_session=True); {late}"])
 
     def lack(bench, item):
         return True, (tmp_path / "nothing").read_text()
@@ -373,12 +376,17 @@ def test_pages_have_the_table(page, head, none, tmp_path):
 
 
 def test_table_of_a_gpu(tmp_path):
-    found = {"status": "ok", "measured": "loss 1e-3", "machine": {"device": "NVIDIA H200"}}
-    bad = {"status": "differs", "measured": "0 workers", "machine": {"device": "NVIDIA H200"}}
+    machine = {"device": "NVIDIA H200", "power_limit_w": "500.00", "driver": "580.1"}
+    machine |= {"versions": {"torch": "2.13.0", "peft": None}}
+    when = {"machine": machine, "date": "2026-12-24"}
+    found = {"status": "ok", "measured": "loss 1e-3"} | when
+    bad = {"status": "differs", "measured": "0 workers"} | when
     file = tmp_path / "r.json"
     file.write_text(json.dumps({"full_bf16": found, "workers": bad}))
     _, out, _ = start("--table", "--output_file", file)
     assert "| `full_bf16` | CPU's loss ± 0.01 | loss 1e-3 |" in out
+    what = "NVIDIA H200, power limit 500.00 W, driver 580.1, torch 2.13.0."
+    assert out.startswith(f"Measured on 2026-12-24: {what}\n\n| Item")
     assert "| `workers` | 2 workers | **differs**: 0 workers |" in out
     assert out.count("not measured") == len(ITEMS) - 2
 

@@ -1,0 +1,91 @@
+"""How a model is loaded as it is published: with sight, with packed weights, with code of its own.
+
+The scripts reach it through keep_run.py and keep_answers.py.
+"""
+
+from copy import deepcopy
+
+import torch
+import transformers
+from model_layers import READ_PAST, weigh_layers
+from run_common import check, say
+from torch.nn.functional import cross_entropy
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.utils import cached_file
+
+UNPACKED = ("mxfp4", "fp8", "mxfp8", "compressed-tensors")
+
+
+def prepare(config, path, options):
+    """Return the class to train by; weights that are published quantised are to be unpacked.
+
+    A model that sees keeps what it sees with. `options` are those of from_pretrained.
+    """
+    check_packing(config, path)
+    if stored := getattr(config, "quantization_config", None):
+        kind, rounds = stored.get("quant_method"), "quantization_config" in options
+        remedy = "Leave --load_in_... out." if rounds else "Fetch it in bf16 or fp16."
+        is_good = kind in UNPACKED and not rounds
+        check(is_good, f"{path} is published in {kind}, which cannot be trained so. {remedy}")
+        say("unpacked", f"the weights are published in {kind}; what is saved is not")
+        stored["dequantize"] = True
+    keep_read_past(config, options)
+    return auto_class(config)
+
+
+def auto_class(config):
+    """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
+    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+
+
+def check_packing(config, path):
+    """Refuse a packing that transformers does not know: it would take the numbers for weights."""
+    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+    kind = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if not kind and cached_file(path, "hf_quant_config.json", **dict.fromkeys(quiet, False)):
+        kind = "the form of hf_quant_config.json"
+    is_known = kind is None or kind in AUTO_QUANTIZER_MAPPING
+    problem = f"{path} is published in {kind}, which transformers does not read."
+    check(is_known, f"{problem} Fetch it in bf16 or fp16.")
+
+
+def keep_read_past(config, options):
+    """Keep in 16 bit what code reads past its layer: it would find packed numbers there."""
+    rounding, load = options.get("quantization_config"), auto_class(config)
+    is_known = type(config) in load._model_mapping  # not of a repository's own code
+    if is_known and isinstance(rounding, transformers.BitsAndBytesConfig):
+        with torch.device("meta"):
+            model = load.from_config(deepcopy(config))
+        past = [name for name, (_, why) in weigh_layers(model).items() if why == READ_PAST]
+        if past:
+            rounding.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *past]
+
+
+def check_own_code(model):
+    """Refuse a repository's own code that computes another loss than is asked for.
+
+    It may pass over which tokens are learned, and by how many the sum is divided.
+    """
+    base = getattr(model, "get_base_model", lambda: model)()
+    if not type(base).__module__.startswith("transformers_modules") or is_deepspeed_zero3_enabled():
+        return
+    ids = torch.arange(3, 11, device=base.device)[None]
+    following, learned = ids.roll(-1), torch.zeros_like(ids, dtype=torch.bool)
+    learned[0, 2:6] = True
+    batch = {"labels": following, "shift_labels": following[learned], "logits_to_keep": learned}
+    was_training, problem = model.training, "computes another loss than is asked for"
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            loss = model(input_ids=ids, use_cache=False, num_items_in_batch=8, **batch).loss.float()
+        wanted = cross_entropy(logits[learned], following[learned], reduction="sum") / 8
+        is_good = (loss - wanted).abs() < 0.02 * wanted
+    except Exception as error:  # of a repository's code, anything
+        is_good, problem = False, f"takes no other arguments ({error!r})"
+    model.train(was_training)
+    remedy = "Leave --trust_remote_code out, or take a model that transformers knows."
+    check(is_good, f"this repository's own code {problem}. {remedy}")
