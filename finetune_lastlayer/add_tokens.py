@@ -137,7 +137,7 @@ def parse(argv):
     return args
 
 
-# Copied from jobs/model_layers.py
+# Copied from jobs/published.py
 def auto_class(config):
     """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
     sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

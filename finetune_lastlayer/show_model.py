@@ -154,7 +154,7 @@ def print_table(rows):
         print("  ".join([*words, row[7].rjust(7)]).rstrip())
 
 
-# Copied from jobs/model_layers.py
+# Copied from jobs/published.py
 def auto_class(config):
     """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
     sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from model_text import CHAT_TEMPLATE
 from run_common import check
+from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 # For templates that know parts alone: a turn's text becomes one.
@@ -39,8 +40,12 @@ def find_template(name, asked, tokenizer, say, given=CHAT_TEMPLATE):
     """
     command = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {name}"
     remedy = f"Convert it once: {command} --output_dir NEW, and use NEW."
-    is_whole = getattr(tokenizer, "fix_mistral_regex", None) is not False  # as transformers found
-    check(is_whole, f"{name}'s tokenizer splits numbers otherwise than its makers do. {remedy}")
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if getattr(inner, "fix_mistral_regex", None) is False:  # transformers suspects it
+        text = "It's WE'LL 1234567  Émile, ｱＡＢ2026年鬱😀\n\n\n"
+        mended = AutoTokenizer.from_pretrained(name, fix_mistral_regex=True)(text)["input_ids"]
+        is_right = mended == tokenizer(text)["input_ids"]
+        check(is_right, f"{name}'s tokenizer splits numbers otherwise than its makers do. {remedy}")
     quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     quiet, is_ours = dict.fromkeys(quiet, False), str(tokenizer.chat_template)
     is_ours = not asked and is_ours.endswith(given)

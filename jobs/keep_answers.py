@@ -41,8 +41,7 @@ def claim_output(args, precision, prompts, script):
     args.deadline, args.slowest, args.looked = read_deadline(), 0, 0
     signal.signal(signal.SIGTERM, lambda *_: setattr(args, "deadline", 0))
     output = Path(args.output_file).resolve()
-    settings = describe(args, precision, prompts)
-    settings["script"] = hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]
+    settings = describe(args, precision, prompts, script)
     record = Path(f"{output}.settings.json")
     if args.rank > 0:
         wait_for_first(args, output)
@@ -78,10 +77,11 @@ def claim_output(args, precision, prompts, script):
     tell(args, "claimed")
 
 
-def describe(args, precision, prompts):
-    """What decides the answers: arguments, prompts, and the files of the model."""
+def describe(args, precision, prompts, script):
+    """What decides the answers: arguments, prompts, the script, and the files of the model."""
     text = Path(args.prompt_file).read_bytes() + json.dumps(prompts).encode()
     settings = vars(args) | {"precision": precision, "prompts": hashlib.sha256(text).hexdigest()}
+    settings["script"] = hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]
     free = "device_map prompt_file output_file deadline rank ranks slowest looked".split()
     # In 16 and 8 bit, near ties can hang on the batch.
     if precision == "fp32" and not (args.do_sample or args.load_in_8bit):

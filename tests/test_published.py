@@ -111,6 +111,22 @@ NEMOTRON = """
 {%- if add_generation_prompt -%}{{- '<SPECIAL_11>Assistant\\n' -}}
 {{- '<think></think>' if enable_thinking is false else '<think>\\n' -}}{%- endif -%}
 """
+# Asks with an empty thought that no earlier answer has.
+GEMMA_4 = """
+{{- bos_token -}}
+{%- for m in messages -%}
+{{- '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim -}}
+{{- '<turn|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|turn>model\\n<|channel>thought\\n<channel|>' -}}{%- endif -%}
+"""
+# Has a name like an argument of its own, and no argument.
+NEMOTRON_2 = """
+{%- set ns = namespace(enable_thinking=true) -%}
+{%- for m in messages -%}
+{%- if '/no_think' in m.content -%}{%- set ns.enable_thinking = false -%}{%- endif -%}
+{%- endfor -%}
+""" + NEMOTRON.replace("if enable_thinking is false else", "if not ns.enable_thinking else")
 # family -> template, its special tokens, --chat_template_kwargs, what is learned of an answer,
 # and how many examples two answers make.
 FAMILIES = {
@@ -128,6 +144,7 @@ FAMILIES = {
                 " {}<|endoftext|>", 1),
     "Nemotron": (NEMOTRON, "<SPECIAL_10> <SPECIAL_11> <SPECIAL_12>", {"enable_thinking": False},
                  "{}\n<SPECIAL_12>\n", 2),
+    "Gemma 4": (GEMMA_4, "<|turn> <turn|> <|channel> <channel|>", {}, "{}<turn|>\n", 2),
 }  # fmt: skip
 TALK = [("system", "短く。"), ("user", "空は?"), ("assistant", "青い。"), ("user", "海\nは?"),
         ("assistant", "広い。\n深い。")]  # fmt: skip
@@ -219,7 +236,7 @@ def test_what_templates_refuse(tmp_path, capsys):
         learn(tokenizer, tmp_path, [{"messages": conversation("Nemotron")}])
     assert "what begins an answer" in capsys.readouterr().err
     tokenizer.chat_template = QWEN_3
-    wrong = {'{"enable_thought": false}': "does not use enable_thought", "{a}": "kwargs {a}: JSON",
+    wrong = {'{"enable_thought": false}': "no enable_thought in the template", "{a}": "kwargs {a}: JSON",
              '["enable_thinking"]': "AttributeError"}  # fmt: skip
     for values, words in wrong.items():
         with pytest.raises(SystemExit):
