@@ -3,8 +3,8 @@
 
 Each run is a process of its own, and the ways take turns, --repeat times. All train the same model
 on the same rows (prompt + completion, loss on the completion) with the same optimizer, attention,
-learning rate, precision and threads, and with about as many tokens a step. Slow ways take every
-second or fourth row in order of length; each way trains one epoch. The peers stand in peers.py.
+learning rate, precision and threads, and with about as many tokens a step, for one epoch. The
+peers stand in peers.py.
 
     python against_peers.py --train_file jsquad_validation.jsonl
     python against_peers.py --train_file rows.jsonl --model_name_or_path MODEL   a model of yours
@@ -31,16 +31,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "TRL, packed, rows of {}"
-# name: (what the table calls it, script, which of its group it is compared with, takes 1 row in N)
+# name: (what the table calls it, the group in which it is compared)
 WAYS = {
-    "full": ("finetune_full.py", "full", 1),
-    "trl_512": (TRL.format(512), "full", 2),
-    "trl_1024": (TRL.format("1,024"), "full", 2),
-    "trl_2048": (TRL.format("2,048"), "full", 2),
-    "trl_padded": ("TRL, padded", "full", 2),
-    "padded_2023": ("every row padded to {block} (2023)", "full", 4),
-    "lora": ("finetune_lora.py", "lora", 1),
-    "lora_trl": ("TRL with LoRA, packed, rows of {best}", "lora", 2),
+    "full": ("finetune_full.py", "full"),
+    "trl_512": (TRL.format(512), "full"),
+    "trl_1024": (TRL.format("1,024"), "full"),
+    "trl_2048": (TRL.format("2,048"), "full"),
+    "trl_padded": ("TRL, padded", "full"),
+    "padded_2023": ("every row padded to {block} (2023)", "full"),
+    "lora": ("finetune_lora.py", "lora"),
+    "lora_trl": ("TRL with LoRA, packed, rows of {best}", "lora"),
 }
 BF16 = {"avx512_bf16", "amx_bf16"}  # a processor without one is ten times slower in bf16
 
@@ -57,7 +57,7 @@ def parse(argv):
     add("--model_name_or_path", help=small)
     add("--ways", default=",".join(WAYS), help=f"NAME,NAME (default: {','.join(WAYS)})")
     add("--precision", default="auto", help="fp32, bf16 or both; auto: what the device is fast in")
-    add("--examples", type=int, default=180, help="rows that our scripts train on (default 180)")
+    add("--examples", type=int, default=90, help="rows that are trained on (default 90)")
     add("--rows", type=int, default=4, help="rows at once (default 4)")
     add("--accumulate", type=int, default=5, help="times that makes a step (default 5)")
     add("--block", type=int, default=512, help="tokens a row at most, longer ones stay out")
@@ -100,7 +100,7 @@ def script(*words):
 
 
 def make_inputs(args):
-    """(model, {1: file, 2: with every second row, 4: ...}, figures about the rows)."""
+    """(model, file of the rows, figures about them)."""
     source = args.train_file
     if source is None:
         source = args.output_dir / "jsquad_train.jsonl"
@@ -130,18 +130,14 @@ def make_inputs(args):
     check(len(rows) >= 4, f"{source} has {len(rows)} rows of up to {args.block} tokens: too few.")
     rows.sort(key=lambda item: item[0])
     step = max(1, len(rows) // args.examples)  # all lengths, as often as they occur
-    rows, files, about = rows[step // 2 :: step][: args.examples], {}, {"files": {}}
-    for share in {WAYS[way][2] for way in args.ways}:
-        part = rows[share // 2 :: share]
-        files[share] = args.output_dir / f"rows_{share}.jsonl"
-        text = [json.dumps(row, ensure_ascii=False) for *_, row in part]
-        files[share].write_text("\n".join(text) + "\n", encoding="utf-8")
-        about["files"][files[share].name] = len(part), sum(length for length, *_ in part)
+    rows, file = rows[step // 2 :: step][: args.examples], args.output_dir / "rows.jsonl"
+    text = [json.dumps(row, ensure_ascii=False) for *_, row in rows]
+    file.write_text("\n".join(text) + "\n", encoding="utf-8")
     lengths = [length for length, *_ in rows]
-    about |= {"examples": len(rows), "tokens": sum(lengths)}
+    about = {"examples": len(rows), "tokens": sum(lengths)}
     about["learned"] = sum(learned for _, learned, _ in rows)
     about["squares"] = sum(length**2 for length in lengths)
-    return str(model), files, about
+    return str(model), file, about
 
 
 def count_tokens(tokenizer, prompt, completion):
@@ -292,7 +288,7 @@ def main(argv=None):
     fast = precisions_of(flags, gpu)
     asked = {"fp32", "bf16"} if args.precision == "auto" else set(args.precision.split(","))
     device = torch.cuda.get_device_name() if gpu else "CPU"
-    model, files, about = make_inputs(args)
+    model, data, about = make_inputs(args)
     about |= {"device": device, "threads": args.threads, "date": time.strftime("%Y-%m-%d")}
     about |= {"processor": processor(flags), "rows": args.rows, "accumulate": args.accumulate}
     about |= {"model": model, "block": args.block, "repeat": args.repeat}
@@ -302,7 +298,7 @@ def main(argv=None):
         if precision == "bf16" and precision not in fast:
             found["precisions"][precision] = "not measured: no avx512_bf16 or amx_bf16"
         elif precision in fast or args.precision != "auto":
-            found["precisions"][precision] = run_all(args, precision, model, files, about)
+            found["precisions"][precision] = run_all(args, precision, model, data, about)
     (args.output_dir / "against_peers.json").write_text(json.dumps(found, indent=1) + "\n")
     text = table(found)
     (args.output_dir / "against_peers.md").write_text(text, encoding="utf-8")
@@ -322,7 +318,7 @@ def processor(flags):
     return name[1].strip() if name else "unknown"
 
 
-def run_all(args, precision, model, files, about):
+def run_all(args, precision, model, data, about):
     """{way: {"runs": [...]}} of all ways in turns, and the matmul between the runs."""
     place = "cpu" if about["device"] == "CPU" else "cuda"
     runs, peaks, best = {way: [] for way in args.ways}, [], "512"
@@ -335,13 +331,12 @@ def run_all(args, precision, model, files, about):
                 best = max(packed, key=lambda name: runs[name][0]["tokens_per_second"])[4:]
             peaks.append(matmul_flops(args.threads, place, precision))
             out = args.output_dir / f"{precision}_{way}_{turn}"
-            data = files[WAYS[way][2]]
             command = command_of(args, way, model, data, out, precision, about, best)
             result = measure(command, out, args.threads)
-            examples, tokens = about["files"][data.name]
-            close = abs(result["tokens"] / tokens - 1) < 0.01
-            check(close, f"{way} counts {result['tokens']} tokens, and the rows have {tokens}.")
-            runs[way].append({"examples": examples} | result)
+            close = abs(result["tokens"] / about["tokens"] - 1) < 0.01
+            problem = f"{way} counts {result['tokens']} tokens, and the rows have"
+            check(close, f"{problem} {about['tokens']}.")
+            runs[way].append(result)
             print(f"{precision} {turn}/{args.repeat}  {way:<12}"
                   f"{result['tokens_per_second']:8,.0f} tok/s  {result['peak_mib']:6,.0f} MiB  "
                   f"first step {result['first_step_seconds']:.1f} s", flush=True)  # fmt: skip
@@ -354,9 +349,9 @@ def summary(found, precision):
     block, all_runs = found["about"]["block"], found["precisions"][precision]
     ways, lines = all_runs["ways"], []
     for way, runs in ways.items():
-        title, group, _ = WAYS[way]
+        title, group = WAYS[way]
         line = {"way": way, "name": title.format(block=block, best=all_runs["best"])}
-        line |= {"group": group, "examples": runs[0]["examples"]}
+        line["group"] = group
         for name in ("tokens_per_second", "tokens_per_cpu_second", "first_step_seconds",
                      "peak_mib", "peak_reserved_mib"):  # fmt: skip
             line[name] = spread([run[name] for run in runs])
@@ -397,13 +392,13 @@ def table(found):
             text += f"\n{precision}: {runs}\n"
             continue
         text += f"\n{precision}; the matmul reaches {runs['matmul'] / 1e9:,.0f} GFLOP/s.\n\n"
-        head = ["", "rows", "tokens/s", "x TRL's fastest", "x 2023", "of the matmul"]
+        head = ["", "tokens/s", "x TRL's fastest", "x 2023", "of the matmul"]
         head += ["tokens/CPU s", "peak MiB", "first step s"]
         text += f"| {' | '.join(head)} |\n|---{'|---:' * (len(head) - 1)}|\n"
         memory = "peak_mib" if about["device"] == "CPU" else "peak_reserved_mib"
         for line in summary(found, precision):
-            cells = [line["name"], f"{line['examples']:,}"]
-            cells += [between(line["tokens_per_second"], ",.0f"), between(line["x_trl"], ".2f")]
+            cells = [line["name"], between(line["tokens_per_second"], ",.0f")]
+            cells += [between(line["x_trl"], ".2f")]
             cells += [between(line["x_2023"], ".1f"), f"{line['share'][0]:.0%}"]
             cells += [f"{line['tokens_per_cpu_second'][0]:,.0f}", between(line[memory], ",.0f")]
             cells += [between(line["first_step_seconds"], ".1f")]

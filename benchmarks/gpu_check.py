@@ -99,8 +99,9 @@ def unpack_wheels(folder, site):
     check(wheels, f"--wheels {folder} has no *.whl in it.")
     for wheel in wheels:
         tag = wheel.stem.rsplit("-", 3)[1:2]
-        what = "holds code for one version of Python. Take a wheel with py3-none in its name."
-        is_any = tag and "py3" in tag[0].split(".") and "-none-" in wheel.name
+        what = "holds code for another Python. Take a wheel with py3-none in its name."
+        good = {"py3", f"py3{sys.version_info.minor}"}
+        is_any = tag and good & {*tag[0].split(".")} and "-none-" in wheel.name
         check(is_any, f"{wheel.name} {what}")
         try:
             with zipfile.ZipFile(wheel) as file:

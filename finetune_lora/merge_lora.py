@@ -98,7 +98,7 @@ def find_base(args, adapter):
     is_good = stored in (None, "mxfp4", "fp8", "mxfp8", "compressed-tensors")  # can be unpacked
     check(is_good, f"{problem}. Give it in full precision with --base_model_name_or_path.")
     say("base", f"{base}; the adapter was trained on {record}")
-    stored = str(config.dtype).removeprefix("torch.")
+    stored = str(config.dtype or config.get_text_config().dtype).removeprefix("torch.")
     auto = {"bfloat16": "bf16", "float16": "fp16"}.get(stored, "fp32")
     return base, (auto if args.dtype == "auto" else args.dtype)
 

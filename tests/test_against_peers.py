@@ -60,11 +60,9 @@ def test_every_way_trains_on_the_same_useful_tokens(tmp_path, checkpoints, peers
     kept = [length for length, _ in lengths if length <= 60]
     assert len(kept) > 4 and sum(kept) == found["about"]["tokens"]
     ways = found["precisions"]["fp32"]["ways"]
-    for way, share in (("full", 1), ("lora", 1), ("trl_512", 2), ("trl_padded", 2),
-                       ("lora_trl", 2), ("padded_2023", 4)):  # fmt: skip
-        expected = kept[share // 2 :: share]
-        assert ways[way][0]["tokens"] == sum(expected), way
-        assert ways[way][0]["examples"] == len(expected)
+    assert len(ways) == 6
+    for way in ways:
+        assert ways[way][0]["tokens"] == sum(kept), way
         words = ways[way][0]["command"]
         batch = words[words.index("--per_device_train_batch_size") + 1]
         assert batch == ("1" if way in ("trl_512", "lora_trl") else "2")
@@ -106,7 +104,7 @@ def test_ratios_are_taken_turn_by_turn_against_the_fastest(monkeypatch):
               "padded_2023": (30, 10, 40), "lora": (400, 400, 400)}  # fmt: skip
     others = ("tokens_per_cpu_second", "first_step_seconds", "peak_mib", "peak_reserved_mib")
     ways = {
-        way: [{"examples": 7, "tokens_per_second": s, **dict.fromkeys(others, 1.0)} for s in values]
+        way: [{"tokens_per_second": s, **dict.fromkeys(others, 1.0)} for s in values]
         for way, values in speeds.items()
     }
     runs = {"ways": ways, "best": "512", "matmul": 1000.0, "flops": {"full": 2.0, "lora": 1.0}}

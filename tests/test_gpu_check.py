@@ -346,7 +346,7 @@ def test_bad_input_gets_one_line(tmp_path):
         ("--output_file", tmp_path / "damaged.json"): "damaged.json cannot be read",
         ("--output_file", "/proc/none/r.json"): "r.json cannot be written",
         ("--wheels", tmp_path / "empty"): "has no *.whl in it",
-        ("--wheels", tmp_path / "compiled"): "holds code for one version of Python",
+        ("--wheels", tmp_path / "compiled"): "holds code for another Python",
         ("--wheels", tmp_path / "broken"): "a-1-py3-none-any.whl: File is not a zip file",
     }
     for words, wanted in cases.items():
