@@ -188,7 +188,7 @@ def encode(pieces, tokenizer, first=None):
 
 def make_examples(source, tokenizer, max_length, form=None):
     """Yield the examples of all rows, each with its outcome: kept, cut or dropped."""
-    first = leading_ids(tokenizer)
+    first, end = leading_ids(tokenizer), turn_end_id(tokenizer)
     for place, row in read_rows(source):
         try:
             given = keep_run.plain(row, tokenizer) if keep_run else (row, tokenizer)  # tools, parts
@@ -196,9 +196,9 @@ def make_examples(source, tokenizer, max_length, form=None):
             encoded = [(pieces, *encode(pieces, tokenizer, first)) for pieces in examples]
         except Exception as error:  # a template can raise anything
             fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
-        is_chat = found in ("messages", "instruction")
-        if is_chat and not form and turn_end_id(tokenizer) not in encoded[-1][1]:
-            fail("the template shows not all turns, or rows lack a special token that ends them.")
+        if found in ("messages", "instruction"):
+            ends = [end in ids for _, ids, labels in encoded if {*labels} - {-100}]
+            check(end is not None and all(ends), f"{place}: no special token ends what is learned.")
         form = form or found
         check(found == form, f"{place}: a row of another form ({found}) than before ({form}).")
         for pieces, ids, labels in encoded:

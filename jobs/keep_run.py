@@ -199,11 +199,11 @@ class KeepRun(transformers.TrainerCallback):
 
 
 def keep_ends(settings, base):
-    """Keep the ends that the makers name, such as that of a tool's call, too."""
+    """Where the makers name several ends, such as that of a tool's call, keep them, too."""
     with suppress(Exception):  # a model may come without such settings
         ends = transformers.GenerationConfig.from_pretrained(base).eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        settings.eos_token_id = sorted({*settings.eos_token_id, *ends} - {None})
+        if isinstance(ends, list):  # a number alone may be a class's default, and no end at all
+            settings.eos_token_id = sorted({*settings.eos_token_id, *ends})
 
 
 def draw_nothing(evaluate):

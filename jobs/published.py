@@ -56,7 +56,7 @@ def keep_read_past(config, options):
     """Keep in 16 bit what code reads past its layer: it would find packed numbers there."""
     rounding, load = options.get("quantization_config"), auto_class(config)
     is_known = type(config) in load._model_mapping  # not of a repository's own code
-    if is_known and isinstance(rounding, transformers.BitsAndBytesConfig):
+    if is_known and hasattr(rounding, "llm_int8_skip_modules"):
         with torch.device("meta"):
             model = load.from_config(deepcopy(config))
         past = [name for name, (_, why) in weigh_layers(model).items() if why == READ_PAST]

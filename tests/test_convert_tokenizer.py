@@ -313,7 +313,8 @@ def test_each_fault_alone_is_refused(repositories, tmp_path, capsys):
     # A class that reads a sentencepiece file by other rules, and no tokenizer.json.
     other = tmp_path / "other"
     shutil.copytree(repositories["rinna"], other)
-    assert refusal("finetune_full", other, 800, capsys) == "other ids than spiece.model itself"
+    line = refusal("finetune_full", other, 800, capsys)
+    assert line == f"other ids than {other}/spiece.model itself"
 
 
 def test_a_llama_tokenizer_that_does_not_speak_of_bos(repositories, tmp_path, capsys):

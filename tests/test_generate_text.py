@@ -700,10 +700,10 @@ def test_where_answers_hang_on_the_batch(changes, tmp_path):
     args = script.parse(words)
     args.base, args.recorded = "m", ""
     plain = {"precision": "fp32"}
-    assert keep_answers.describe(args, "fp32", [[1]])["batch_size"] is None
+    assert keep_answers.describe(args, "fp32", [[1]], __file__)["batch_size"] is None
     for name, value in changes.items():
         plain, args.__dict__[name] = plain | {name: value}, value
-    assert keep_answers.describe(args, plain["precision"], [[1]])["batch_size"] == 4
+    assert keep_answers.describe(args, plain["precision"], [[1]], __file__)["batch_size"] == 4
 
 
 class Clock:
@@ -1282,7 +1282,7 @@ def test_an_old_note_is_nobody_s(tmp_path, monkeypatch, capsys):
     args = SimpleNamespace(output_file=str(tmp_path / "out"), rank=1, ranks=2)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "getppid", lambda: 1)
+        patch.setattr(os, "getppid", lambda: -7)
         for what in ("claimed", "stop", "end1"):
             keep_answers.tell(args, what, "earlier")
             assert keep_answers.heard(args, what) == "earlier"
