@@ -218,20 +218,24 @@ def test_a_name_that_is_no_argument(tmp_path, capsys):
 # ---- Edits ----
 
 
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
 def test_edits_that_generation_would_not_share(llama, tmp_path, capsys):
     """Other ends in format_row; a CHAT_TEMPLATE beside the model's own; another generate_text.py."""
     rows = [{"instruction": row["prompt"], "output": row["completion"]} for row in ROWS]
     data = write_jsonl(tmp_path / "d.jsonl", rows)
     text = (ROOT / "finetune_full/finetune_full.py").read_text()
-    script = tmp_path / "edited.py"
     words = ["--model_name_or_path", llama, "--train_file", data, "--max_steps", 1]
     old = 'return "instruction", chat_pieces(turns, tokenizer)'
     new = 'return "instruction", [[(question, False), (answer + "<|im_end|>", True)]]'
     assert text.count(old) == 1
-    script.write_text(text.replace(old, new))
+    script = write(tmp_path / "rows.py", text.replace(old, new))
     line = refused(script, capsys, *words, "--output_dir", tmp_path / "one")
     assert "row 1: no special token ends what is learned" in line
-    script.write_text(text.replace("### 応答", "### 答え"))
+    script = write(tmp_path / "template.py", text.replace("### 応答", "### 答え"))
     own = tmp_path / "own"
     shutil.copytree(llama, own)
     (own / "chat_template.jinja").write_text(published.LLM_JP)
@@ -241,10 +245,11 @@ def test_edits_that_generation_would_not_share(llama, tmp_path, capsys):
         load_script(script).main([str(word) for word in [*words, *out, *more]])
         assert (said in capsys.readouterr().out) == is_said
     asking = (ROOT / "generate_text/generate_text.py").read_text()
-    script.write_text(asking)
-    prompts, out = write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "answers.jsonl"
+    script = write(tmp_path / "asking.py", asking)
+    prompts, out = write_jsonl(tmp_path / "p.jsonl", rows[:2]), tmp_path / "answers.jsonl"
     words = ["--model_name_or_path", llama, "--prompt_file", prompts, "--output_file", out]
     load_script(script).main([str(word) for word in [*words, "--max_new_tokens", 2]])
-    script.write_text(asking.replace("decode(new[start:end], **plain)", "decode(new[:1], **plain)"))
+    asking = asking.replace("decode(new[start:end], **plain)", "decode(new[:1], **plain)")
+    script = write(tmp_path / "other.py", asking)
     line = refused(script, capsys, *words, "--max_new_tokens", 2)
     assert "holds other answers: choose another." in line and "script was" in line
