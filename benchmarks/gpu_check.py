@@ -321,27 +321,23 @@ def write_results(file, results):
         fail(f"--output_file {file} cannot be written: {error.strerror}. Name another.")
 
 
-def machines(results):
-    """(machine, date) of what was measured on a GPU, each once."""
-    found = []
-    for result in results.values():
-        pair = result["machine"], result["date"]
-        if "CPU" not in pair[0]["device"] and pair not in found:
-            found.append(pair)
-    return found
+def measured_on(result):
+    """The line that tells where and when a GPU gave this result; none for what it did not give."""
+    machine, versions = result["machine"], []
+    if "CPU" in machine["device"] or result["status"] not in ("ok", "differs"):
+        return ""
+    for name in "torch transformers datasets peft deepspeed bitsandbytes".split():
+        if number := machine["versions"].get(name):
+            versions.append(f"{name} {number}")
+    power = f"power limit {machine['power_limit_w']} W, driver {machine['driver']}"
+    return f"Measured on {result['date']}: {machine['device']}, {power}, {', '.join(versions)}."
 
 
 def table(results):
     """The page's table; what no GPU has shown is not measured."""
-    for machine, date in machines(results):
-        versions = machine["versions"]
-        names = "torch transformers datasets peft deepspeed bitsandbytes".split()
-        with_versions = ", ".join(
-            f"{name} {versions[name]}" for name in names if versions.get(name)
-        )
-        power = f"power limit {machine['power_limit_w']} W, driver {machine['driver']}"
-        yield f"Measured on {date}: {machine['device']}, {power}, {with_versions}."
-        yield ""
+    for line in dict.fromkeys(map(measured_on, results.values())):
+        if line:
+            yield from (line, "")
     yield "| Item | Expected | Measured |"
     yield "|---|---|---|"
     for item in ITEMS:

@@ -148,7 +148,7 @@ def load_data(script, training, tokenizer, max_length):
     tokens, limit = sum(len(p["prompt"]) for p in prompts), training.max_completion_length
     text = f"{len(prompts):,} prompts, {tokens:,} tokens; {lost:,} dropped (over {room} tokens, so"
     say("train", f"{text} that {limit} are left for an answer)")
-    return {"rows": rows, "prompts": Dataset.from_list(prompts)}
+    return {"rows": rows, "prompts": Dataset.from_list(prompts), "form": form}
 
 
 # ---- 3. Model: what is trained ----

@@ -191,14 +191,15 @@ def make_examples(source, tokenizer, max_length, form=None):
     first, end = leading_ids(tokenizer), turn_end_id(tokenizer)
     for place, row in read_rows(source):
         try:
-            given = keep_run.plain(row, tokenizer) if keep_run else (row, tokenizer)  # tools, parts
-            found, examples = format_row(*given)
+            row, asked = keep_run.plain(row, tokenizer) if keep_run else (row, tokenizer)  # tools
+            found, examples = format_row(row, asked)
             encoded = [(pieces, *encode(pieces, tokenizer, first)) for pieces in examples]
         except Exception as error:  # a template can raise anything
             fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
-        if found in ("messages", "instruction") and given[1] is tokenizer:  # calls have other ends
-            ends = [end in ids for _, ids, labels in encoded if {*labels} - {-100}]
-            check(end is not None and all(ends), f"{place}: no special token ends what is learned.")
+        if found in ("messages", "instruction"):
+            check(end is not None, "the template shows not all turns, or no token to stop at.")
+            ends = [end in labels for *_, labels in encoded if {*labels} - {-100}]
+            check(all(ends) or asked is not tokenizer, f"{place} ends otherwise than the template.")
         form = form or found
         check(found == form, f"{place}: a row of another form ({found}) than before ({form}).")
         for pieces, ids, labels in encoded:
@@ -551,7 +552,7 @@ def choose_chat_template(name, tokenizer, values="{}"):
         what = f"--chat_template_kwargs {values}"
         for key, value in json.loads(values).items():  # in the template: generation has them, too
             text = tokenizer.get_chat_template()  # not ns.KEY, nor namespace(KEY=true)
-            check(re.search(rf"[^.\w]{key}\b(?!=)", text), f"{what}: no {key} in the template.")
+            check(re.search(rf"[^.\w]{key}\b(?!\s*=[^=])", text), f"{what}: not in the template.")
             default = f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
             tokenizer.chat_template = default + "{{ '' }}" + text
     except Exception as error:  # a template can raise anything
@@ -560,15 +561,14 @@ def choose_chat_template(name, tokenizer, values="{}"):
 
 def turn_end_id(tokenizer):
     """The special token that ends an assistant's turn in the chat template, or None."""
-    turns = [{"role": "user", "content": "yes!"}, {"role": "assistant", "content": "yes!"}]
-    labels = []
+    turns, text = [{"role": r, "content": "yes!"} for r in ("user", "assistant")], ""
     with suppress(Exception):  # a template may not take these turns, and rows may need none
-        pieces = chat_pieces(turns, tokenizer)[0]
-        labels = encode(pieces, tokenizer)[1] if str(pieces).count("yes!") == 2 else []
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    ids = tokenizer(text.rpartition("yes!")[2], add_special_tokens=False)["input_ids"]
     # all_special_ids has only those with a role, such as eos_token; Gemma's <end_of_turn> has none.
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added.union(tokenizer.all_special_ids)
-    return next((label for label in reversed(labels) if label in special), None)
+    return next((i for i in reversed(ids) if i in special and text.count("yes!") == 2), None)
 
 
 def exact_tokenizer(name, rows, say, grown=False, **remote):
@@ -611,8 +611,8 @@ def read_model(script, tokenizer, source, **options):
     if keep_run:  # a model that sees, too, and weights that are published quantised
         load = keep_run.prepare(config, source, options)
     is_plain = config.get_text_config() is config and not hasattr(config, "quantization_config")
-    is_plain &= not script.trust_remote_code
-    check(keep_run or is_plain, "own code, sight, and weights published quantised need `jobs`.")
+    is_plain &= not (script.trust_remote_code and hasattr(config, "auto_map"))
+    check(keep_run or is_plain, "own code, images, weights published quantised need ../jobs.")
     options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
     model, info = load.from_pretrained(source, config=config, **options, **remote)
     missing = sorted(info["missing_keys"])[:3]

@@ -63,7 +63,7 @@ def parse(argv):
     add("--trust_remote_code", **switch, help="Run the repository's code. Read it first.")
     # What generate_text.py is asked beside this.
     parser.set_defaults(prompt="", prompt_file=None, output_file=None, batch_size=1)
-    parser.set_defaults(compare_base=False, chat=False)
+    parser.set_defaults(compare_base=False, chat=False, form="messages")
     return parser.parse_args(argv)
 
 
@@ -127,7 +127,7 @@ def talk(args, model, tokenizer):
         output = model.generate(input_ids=ids, streamer=streamer, **options)
         new = output[0, len(prompt) :].tolist()
         end = next((i for i, token in enumerate(new) if token in stops), len(new))
-        start = keep_answers.start_of_answer(tokenizer, new[:end]) if keep_answers else 0
+        start = keep_answers.start_of_answer(args, tokenizer, new[:end]) if keep_answers else 0
         answer = tokenizer.decode(new[start:end], **plain)
         if not is_shown:  # the streamer has shown it already
             print(answer, flush=True)

@@ -127,7 +127,7 @@ def chat_texts(turns, tokenizer):
         else:  # a conversation may begin with an answer
             before = render([{**turns[0], "content": "\0"}], tokenize=False).split("\0")[0]
         after = render(turns[: stop + 1], tokenize=False) if stop < len(turns) else before
-        if not after.startswith(before):  # training refuses it
+        if not after.startswith(before):  # an empty thought, or training refuses it
             return [render(turns, tokenize=False, add_generation_prompt=True)]
         if not before.startswith(done):  # it rewrites earlier turns: as in training
             texts, done = [], ""
@@ -277,7 +277,7 @@ def main(argv=None):
         precision, reason = choose_precision(args)
         args.batch_size = args.batch_size or (8 if reason == "no GPU in use" else 64)
         tokenizer = load_tokenizer(args)
-        form, rows, prompts = read_prompts(args, tokenizer)
+        args.form, rows, prompts = read_prompts(args, tokenizer)
         if args.prompt_file and keep_answers:
             keep_answers.claim_output(args, precision, prompts, __file__)
         elif args.prompt_file:
@@ -285,7 +285,7 @@ def main(argv=None):
             check(not found, f"{', '.join(found)} would be replaced: move it, or choose another.")
             note("alone", "`jobs` is not beside this: once cut off, it cannot go on; one by one")
         model = load_model(args, precision, tokenizer)
-        set_generation(args, model, tokenizer, is_chat=form != "prompt")
+        set_generation(args, model, tokenizer, is_chat=args.form != "prompt")
     except Exception as error:  # damaged files can raise anything
         why = str(error) if " " in str(error) else repr(error)
         why = f"{args.model_name_or_path}{args.origin}: {why}"
@@ -320,7 +320,7 @@ def generate(args, model, tokenizer, prompts, draw=0):
         for answer, new in zip(answers, output[:, width:].tolist(), strict=True):
             end = next((i for i, token in enumerate(new) if token in stops), len(new))
             tokens, cut = tokens + end, cut + (end == len(new))
-            start = keep_answers.start_of_answer(tokenizer, new[:end]) if keep_answers else 0
+            start = keep_answers.start_of_answer(args, tokenizer, new[:end]) if keep_answers else 0
             answer[name] = tokenizer.decode(new[start:end], **plain)
     return answers, tokens, cut
 
@@ -444,7 +444,7 @@ def choose_chat_template(name, tokenizer, values="{}"):
         what = f"--chat_template_kwargs {values}"
         for key, value in json.loads(values).items():  # in the template: generation has them, too
             text = tokenizer.get_chat_template()  # not ns.KEY, nor namespace(KEY=true)
-            check(re.search(rf"[^.\w]{key}\b(?!=)", text), f"{what}: no {key} in the template.")
+            check(re.search(rf"[^.\w]{key}\b(?!\s*=[^=])", text), f"{what}: not in the template.")
             default = f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
             tokenizer.chat_template = default + "{{ '' }}" + text
     except Exception as error:  # a template can raise anything

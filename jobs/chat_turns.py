@@ -12,7 +12,6 @@ from pathlib import Path
 
 from model_text import CHAT_TEMPLATE
 from run_common import check
-from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 # For templates that know parts alone: a turn's text becomes one.
@@ -43,8 +42,8 @@ def find_template(name, asked, tokenizer, say, given=CHAT_TEMPLATE):
     inner = getattr(tokenizer, "backend_tokenizer", None)
     if getattr(inner, "fix_mistral_regex", None) is False:  # transformers suspects it
         text = "It's WE'LL 1234567  Émile, ｱＡＢ2026年鬱😀\n\n\n"
-        mended = AutoTokenizer.from_pretrained(name, fix_mistral_regex=True)(text)["input_ids"]
-        is_right = mended == tokenizer(text)["input_ids"]
+        mended = type(tokenizer).from_pretrained(name, fix_mistral_regex=True)
+        is_right = mended(text)["input_ids"] == tokenizer(text)["input_ids"]
         check(is_right, f"{name}'s tokenizer splits numbers otherwise than its makers do. {remedy}")
     quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     quiet, is_ours = dict.fromkeys(quiet, False), str(tokenizer.chat_template)

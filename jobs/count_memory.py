@@ -124,6 +124,7 @@ def idle(plan, model):
     text = plan.config.get_text_config()
     names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
     taken = next((getattr(text, name) for name in names if getattr(text, name, None)), None)
+    taken = max(taken) if isinstance(taken, list) else taken  # of each layer
     experts = [w for n, w in model.named_parameters() if w.dim() == 3 and "experts" in n]
     experts = [w for w in experts if taken and not (w.requires_grad and "lora" in plan.method)]
     return sum(w.numel() * (1 - min(taken, len(w)) / len(w)) for w in experts)

@@ -184,8 +184,11 @@ def qsub_line(args, hours):
     modules = {n: ",".join(getattr(args, n)) for n in ("lora_target_modules", "modules_to_save")}
     words |= {n: value for n, value in modules.items() if value not in ("", "all-linear")}
     for name, value in words.items():
-        problem = f"--{name} {value} does not pass through qsub -v: put it into a settings file"
-        check(re.fullmatch(r"[^\s,\"'\\$`]*", str(value)), f"{problem}, CONFIG=.")
+        if not re.fullmatch(r"[^\s,\"'\\`]*", str(value)):
+            problem = (
+                f"--{name} {value} does not pass through qsub -v: write it into a settings file"
+            )
+            return f"{problem}, and type -v CONFIG=FILE"
     names["ARGS"] = f'"{" ".join(f"--{name} {value}" for name, value in words.items())}"'
     variables = ",".join(f"{name}={value}" for name, value in names.items())
     nodes = f" -l select={args.nodes}" if args.nodes > 1 else ""

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from chat_turns import find_template, plain  # noqa: F401 -- for generate_text.py
-from model_text import start_of_answer  # noqa: F401 -- for generate_text.py
+from model_text import start_of_answer as behind_the_marks
 from run_common import check, fail, read_deadline
 
 
@@ -120,6 +120,11 @@ def this_start():
     return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
 
 
+def start_of_answer(args, tokenizer, ids):
+    """Where the text of an answer begins; a prompt of one's own is answered as it stands."""
+    return 0 if args.form == "prompt" else behind_the_marks(tokenizer, ids)
+
+
 def prepare(config, options):
     """The class to load a model by, and what is not to be rounded, as in training."""
     from published import auto_class, check_packing, keep_read_past
@@ -131,9 +136,9 @@ def prepare(config, options):
 
 def share_quantised(args, model, layers):
     """Which share of the layers' weights these hold, as a text; refused below a half."""
-    from model_layers import share_of, weigh_layers
+    from model_layers import share_rounded
 
-    share, asked = share_of(weigh_layers(model), layers), args.load_in_8bit or args.load_in_4bit
+    share, asked = share_rounded(model, layers), args.load_in_8bit or args.load_in_4bit
     problem = f"only {share:.1%} of the layers' weights can be in 8 or 4 bit. Leave --load_in_..."
     good = share >= 0.5 or args.allow_partly_quantized or not asked  # or published so
     check(good, f"{problem} out, or add --allow_partly_quantized true.")

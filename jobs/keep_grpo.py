@@ -57,6 +57,7 @@ class RewardTrainer(GRPOTrainer):
 
     def __init__(self, model, args, reward, data, tokenizer, reference=None):
         self.reward, self.rows, self.names, self.samples = reward, data["rows"], None, []
+        self.form = data["form"]
         self.tokens_seen, self.counted, self.first_step = 0, None, 0
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
         known = inspect.signature(type(self.base).forward).parameters
@@ -125,7 +126,8 @@ class RewardTrainer(GRPOTrainer):
         plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         for i, ids in zip(number, completion_ids, strict=True):
             end = next((k for k, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
-            start = start_of_answer(self.processing_class, ids[:end])  # as generation does
+            chat = self.form != "prompt"  # as generation does
+            start = start_of_answer(self.processing_class, ids[:end]) if chat else 0
             answers.append(self.processing_class.decode(ids[start:end], **plain))
             scored.append(self.parts(i, answers[-1]))
         for name in self.names:

@@ -51,7 +51,7 @@ class KeepRun(transformers.TrainerCallback):
         self.base = given["model_name_or_path"]
         self.keep = given.get("save_total_limit") or sys.maxsize
         keep_ends(trainer.model.generation_config, self.base)
-        check_own_code(trainer.model)
+        check_own_code(trainer)
         weights, trained = run["total_parameters"], run["trainable_parameters"]
         moments = (2 if "8bit" in args.optim else 8) + 8 * bool(args.deepspeed)
         if hasattr(trainer.model, "peft_config"):

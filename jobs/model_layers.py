@@ -131,6 +131,15 @@ def coverage(model, targets):
     return f"{share_of(layers, targets):.2%} of the layers' weights{text}"
 
 
+def share_rounded(model, done):
+    """What share of the layers' weights these layers hold; none must be read past its layer."""
+    layers = weigh_layers(model)
+    past = [name for name in done if layers.get(name, (0, ""))[1] == READ_PAST]
+    problem = f"{ends_of(past)}: code reads these weights past their layers, in 8 or 4 bit wrongly."
+    check(not past, f"{problem} Leave --load_in_... out.")  # a repository's own code
+    return share_of(layers, done)
+
+
 def prepare_rounded(model, script, training):
     """Ready a base in 8 or 4 bit; return what share of its layers' weights is, as a text.
 
@@ -138,7 +147,7 @@ def prepare_rounded(model, script, training):
     """
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     done = [name for name, kind in kinds.items() if kind in ("Linear8bitLt", "Linear4bit")]
-    share = share_of(weigh_layers(model), done)
+    share = share_rounded(model, done)
     problem = f"only {share:.1%} of the layers' weights can be in 8 or 4 bit. Leave --load_in_..."
     good = share >= 0.5 or script.allow_partly_quantized
     check(good, f"{problem} out, or add --allow_partly_quantized true.")

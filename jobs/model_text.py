@@ -110,7 +110,7 @@ def choose_chat_template(name, tokenizer, values="{}"):
         what = f"--chat_template_kwargs {values}"
         for key, value in json.loads(values).items():  # in the template: generation has them, too
             text = tokenizer.get_chat_template()  # not ns.KEY, nor namespace(KEY=true)
-            check(re.search(rf"[^.\w]{key}\b(?!=)", text), f"{what}: no {key} in the template.")
+            check(re.search(rf"[^.\w]{key}\b(?!\s*=[^=])", text), f"{what}: not in the template.")
             default = f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
             tokenizer.chat_template = default + "{{ '' }}" + text
     except Exception as error:  # a template can raise anything
@@ -120,15 +120,14 @@ def choose_chat_template(name, tokenizer, values="{}"):
 # Copied from finetune_full/finetune_full.py
 def turn_end_id(tokenizer):
     """The special token that ends an assistant's turn in the chat template, or None."""
-    turns = [{"role": "user", "content": "yes!"}, {"role": "assistant", "content": "yes!"}]
-    labels = []
+    turns, text = [{"role": r, "content": "yes!"} for r in ("user", "assistant")], ""
     with suppress(Exception):  # a template may not take these turns, and rows may need none
-        pieces = chat_pieces(turns, tokenizer)[0]
-        labels = encode(pieces, tokenizer)[1] if str(pieces).count("yes!") == 2 else []
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    ids = tokenizer(text.rpartition("yes!")[2], add_special_tokens=False)["input_ids"]
     # all_special_ids has only those with a role, such as eos_token; Gemma's <end_of_turn> has none.
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added.union(tokenizer.all_special_ids)
-    return next((label for label in reversed(labels) if label in special), None)
+    return next((i for i in reversed(ids) if i in special and text.count("yes!") == 2), None)
 
 
 # Copied from finetune_full/finetune_full.py

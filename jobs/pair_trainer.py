@@ -45,7 +45,8 @@ class FineTuner(DPOTrainer):
         zeros = {"sigmoid": math.log(2), "robust": math.log(2), "hinge": 1}
         zeros["ipo"] = 1 / (2 * args.beta) ** 2
         (kind, *others), known = args.loss_type, ", ".join(zeros)
-        check(kind in zeros and not others, f"loss_type {args.loss_type}: one of {known} works.")
+        problem = f"loss_type {args.loss_type}: a list of one of {known} works, as ['ipo']."
+        check(kind in zeros and not others, problem)
         self.at_zero = zeros[kind]
         kept = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
         owners = data["processing_class"], model.config.get_text_config(), model.generation_config

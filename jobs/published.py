@@ -47,7 +47,7 @@ def check_packing(config, path):
     kind = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if not kind and cached_file(path, "hf_quant_config.json", **dict.fromkeys(quiet, False)):
         kind = "the form of hf_quant_config.json"
-    is_known = kind is None or kind in AUTO_QUANTIZER_MAPPING
+    is_known = kind in {None, "bitsandbytes", *AUTO_QUANTIZER_MAPPING}
     problem = f"{path} is published in {kind}, which transformers does not read."
     check(is_known, f"{problem} Fetch it in bf16 or fp16.")
 
@@ -64,14 +64,19 @@ def keep_read_past(config, options):
             rounding.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *past]
 
 
-def check_own_code(model):
+def check_own_code(trainer):
     """Refuse a repository's own code that computes another loss than is asked for.
 
-    It may pass over which tokens are learned, and by how many the sum is divided.
+    It may pass over which tokens are learned, and by how many the sum is divided. TRL's trainers
+    compute their losses themselves.
     """
+    model = trainer.model
     base = getattr(model, "get_base_model", lambda: model)()
-    if not type(base).__module__.startswith("transformers_modules") or is_deepspeed_zero3_enabled():
+    is_own = type(base).__module__.startswith("transformers_modules")
+    if not is_own or type(trainer).__mro__[1] is not transformers.Trainer:
         return
+    unseen = is_deepspeed_zero3_enabled()
+    check(not unseen, "a repository's own code is not tried under ZeRO-3. Use zero2.json.")
     ids = torch.arange(3, 11, device=base.device)[None]
     following, learned = ids.roll(-1), torch.zeros_like(ids, dtype=torch.bool)
     learned[0, 2:6] = True
@@ -79,13 +84,13 @@ def check_own_code(model):
     was_training, problem = model.training, "computes another loss than is asked for"
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), trainer.compute_loss_context_manager():
             logits = model(input_ids=ids, use_cache=False).logits.float()
             loss = model(input_ids=ids, use_cache=False, num_items_in_batch=8, **batch).loss.float()
         wanted = cross_entropy(logits[learned], following[learned], reduction="sum") / 8
         is_good = (loss - wanted).abs() < 0.02 * wanted
     except Exception as error:  # of a repository's code, anything
-        is_good, problem = False, f"takes no other arguments ({error!r})"
+        is_good, problem = False, f"does not take what is needed here ({error!r})"
     model.train(was_training)
     remedy = "Leave --trust_remote_code out, or take a model that transformers knows."
     check(is_good, f"this repository's own code {problem}. {remedy}")

@@ -78,8 +78,8 @@ def read_model(script, tokenizer, source, **options):
     if keep_run:  # a model that sees, too, and weights that are published quantised
         load = keep_run.prepare(config, source, options)
     is_plain = config.get_text_config() is config and not hasattr(config, "quantization_config")
-    is_plain &= not script.trust_remote_code
-    check(keep_run or is_plain, "own code, sight, and weights published quantised need `jobs`.")
+    is_plain &= not (script.trust_remote_code and hasattr(config, "auto_map"))
+    check(keep_run or is_plain, "own code, images, weights published quantised need ../jobs.")
     options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
     model, info = load.from_pretrained(source, config=config, **options, **remote)
     missing = sorted(info["missing_keys"])[:3]

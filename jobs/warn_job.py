@@ -72,7 +72,8 @@ def warn(args):
     if args.need > MARGIN * size:
         text = f"{rows} rows x {args.max_length} tokens need {args.need / 1e9:.0f} GB of this GPU's"
         remedy = "python ../jobs/estimate.py tells what fits"
-        say("warning", f"does not fit: {text} {size / 1e9:.0f} GB (computed); {remedy}")
+        text += f" {MARGIN * size / 1e9:.0f} GB, 7 % left for gaps (computed)"
+        say("warning", f"does not fit: {text}; {remedy}")
     tokens *= args.num_train_epochs
     if args.max_steps > 0:
         tokens = args.max_steps * min(step_tokens(args), tokens or step_tokens(args))

@@ -440,4 +440,4 @@ def test_alone_they_are_refused(tmp_path, capsys, monkeypatch):
     tokenizer.chat_template = template("parts", None)  # as it is, an answer would be lost
     with pytest.raises(SystemExit):
         learn(tokenizer, tmp_path, [{"messages": [{"role": "user", "content": "a"}, talk()[3]]}])
-    assert "no special token ends what is learned" in capsys.readouterr().err
+    assert "no token to stop at" in capsys.readouterr().err

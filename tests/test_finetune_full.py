@@ -306,16 +306,16 @@ def test_templates_that_cannot_be_learned(script, checkpoints, tmp_path, capsys)
     (tmp_path / "plain.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
-    assert "no special token" in refused(
+    assert "no token to stop at" in refused(
         script, capsys, [*common, "--chat_template", tmp_path / "plain.jinja"]
     )
-    assert "no special token" in refused(
+    assert "no token to stop at" in refused(
         script, capsys, [*common, "--chat_template", ROOT / "chat_templates" / "dolly.jinja"]
     )  # no ### End there
     rewriting = "{% for m in messages %}{% if loop.last %}<|endoftext|>{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
     (tmp_path / "rewriting.jinja").write_text(rewriting)
     message = refused(script, capsys, [*common, "--chat_template", tmp_path / "rewriting.jinja"])
-    assert "rewrites earlier turns" in message or "no special token" in message
+    assert "rewrites earlier turns" in message or "no token to stop at" in message
     assert "Two ready templates lie in ../chat_templates" in refused(
         script, capsys, [*common, "--chat_template", "dolly"]
     )

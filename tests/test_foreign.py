@@ -87,7 +87,7 @@ def test_own_code_with_another_loss(llama, tmp_path, capsys):
     shutil.copy(ROOT / "finetune_full/finetune_full.py", alone)
     command = [sys.executable, "finetune_full.py", *map(str, words), "--output_dir", "o"]
     line = subprocess.run(command, cwd=alone, capture_output=True, text=True).stderr
-    assert "own code" in line and "`jobs`" in line
+    assert "own code" in line and "../jobs" in line
 
 
 def test_packed_as_transformers_does_not_know(llama, tmp_path, capsys):
@@ -203,14 +203,38 @@ def test_generation_and_rewards_see_the_answer_alone(tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.splitlines()[-1] == "青い。"
 
 
+def test_no_think_turns(tmp_path, capsys):
+    """Nemotron Nano 2 opens a thought, but for a turn that says /no_think."""
+    tokenizer, _ = published.family("Nemotron", tmp_path)
+    tokenizer.chat_template = published.NEMOTRON_2
+    turns = published.conversation("Nemotron")
+    turns[0]["content"] = "/no_think"
+    examples = published.learn(tokenizer, tmp_path, [{"messages": turns}])
+    learned = [tokenizer.decode([i for i in e["labels"] if i != -100]) for e in examples]
+    assert learned == ["青い。\n<SPECIAL_12>\n", "広い。\n深い。\n<SPECIAL_12>\n"]
+    with pytest.raises(SystemExit):
+        published.learn(tokenizer, tmp_path, [{"messages": turns[1:]}])
+    assert "what begins an answer" in capsys.readouterr().err
+    template = tokenizer.chat_template.replace("<SPECIAL_12>", "")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    tokenizer.chat_template = "{{ tools | tojson if tools else '' }}" + template
+    with pytest.raises(SystemExit):
+        published.learn(tokenizer, tmp_path, [{"messages": turns, "tools": [tool]}])
+    assert "no token to stop at" in capsys.readouterr().err
+
+
 def test_a_name_that_is_no_argument(tmp_path, capsys):
     """`namespace(enable_thinking=...)` reads nothing that --chat_template_kwargs gives."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = published.NEMOTRON_2
     with pytest.raises(SystemExit):
         published.TRAIN.choose_chat_template(None, tokenizer, '{"enable_thinking": false}')
-    assert "no enable_thinking in the template" in capsys.readouterr().err
-    for text in ("{%- if (enable_thinking is defined) %}{% endif -%}", "{{ enable_thinking }}"):
+    assert "not in the template" in capsys.readouterr().err
+    for text in (
+        "{%- if (enable_thinking is defined) %}{% endif -%}",
+        "{{ enable_thinking }}",
+        "{% if enable_thinking==false %}{% endif %}",
+    ):
         tokenizer.chat_template = text
         published.TRAIN.choose_chat_template(None, tokenizer, '{"enable_thinking": false}')
 
@@ -234,7 +258,14 @@ def test_edits_that_generation_would_not_share(llama, tmp_path, capsys):
     assert text.count(old) == 1
     script = write(tmp_path / "rows.py", text.replace(old, new))
     line = refused(script, capsys, *words, "--output_dir", tmp_path / "one")
-    assert "row 1: no special token ends what is learned" in line
+    assert "row 1 ends otherwise than the template." in line
+    chatml = tmp_path / "chatml"  # whose questions hold the end, too
+    tokenizer, _ = published.family("Qwen3 without thoughts", chatml)
+    new = 'return "instruction", [[(f"<|im_start|>user\\n{question}<|im_end|>\\n", False), (answer, True)]]'
+    edited = load_script(write(tmp_path / "chatml.py", text.replace(old, new)))
+    with pytest.raises(SystemExit):
+        [*edited.make_examples([data], tokenizer, 999)]
+    assert "row 1 ends otherwise than the template." in capsys.readouterr().err
     script = write(tmp_path / "template.py", text.replace("### 応答", "### 答え"))
     own = tmp_path / "own"
     shutil.copytree(llama, own)

@@ -236,7 +236,7 @@ def test_what_templates_refuse(tmp_path, capsys):
         learn(tokenizer, tmp_path, [{"messages": conversation("Nemotron")}])
     assert "what begins an answer" in capsys.readouterr().err
     tokenizer.chat_template = QWEN_3
-    wrong = {'{"enable_thought": false}': "no enable_thought in the template", "{a}": "kwargs {a}: JSON",
+    wrong = {'{"enable_thought": false}': "not in the template", "{a}": "kwargs {a}: JSON",
              '["enable_thinking"]': "AttributeError"}  # fmt: skip
     for values, words in wrong.items():
         with pytest.raises(SystemExit):

@@ -232,7 +232,7 @@ BAD_TEMPLATES = {
     "calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
     "asks for what is not there": ("{{ messages.foo.bar }}", "has no attribute 'foo'"),
     "adds what is no text": ("{{ messages[0].content + none }}", "can only concatenate"),
-    "writes nothing": ("", "no special token ends"),
+    "writes nothing": ("", "no token to stop at"),
 }
 
 
