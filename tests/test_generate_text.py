@@ -446,6 +446,7 @@ def test_completions_come_back_exactly(bos):
         "１２３ｱｲｳ",
     ]
     args = SimpleNamespace(compare_base=False, seed=0, max_new_tokens=99, positions=99)
+    args.form = "prompt"
     completions = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     width = max(map(len, completions)) + 1
     ends = [

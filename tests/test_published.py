@@ -403,17 +403,19 @@ def test_padded_prompts(kind, is_exact, models, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["mamba", "nemotron_h"])
-def test_four_bit_where_weights_are_read_past_their_layers(kind, models, tmp_path):
+def test_four_bit_where_weights_are_read_past_their_layers(kind, models, tmp_path, monkeypatch):
     """Mamba's dt_proj and out_proj, say, stay as they are: their code would read packed numbers."""
     found = families.four_bit(kind, models[kind], tmp_path)
     assert found == ("refused: only 48.5% can be in 4 bit; right if allowed", "")[kind != "mamba"]
     words = ["--model_name_or_path", models[kind], "--prompt", "a", "--max_new_tokens", "2"]
     script, rounded = load_script(ROOT / "generate_text" / "generate_text.py"), []
     original = script.set_generation
-    script.set_generation = lambda args, model, *more, **named: (
-        rounded.extend(n for n, m in model.named_modules() if "4bit" in type(m).__name__),
-        original(args, model, *more, **named),
-    )
+
+    def set_generation(args, model, *more, **named):
+        rounded.extend(n for n, m in model.named_modules() if "4bit" in type(m).__name__)
+        original(args, model, *more, **named)
+
+    monkeypatch.setattr(script, "set_generation", set_generation)
     script.main([*words, "--load_in_4bit", "--allow_partly_quantized"])
     ends = {name.rpartition(".")[2] for name in rounded}
     wanted = {"in_proj"} if kind == "mamba" else {"in_proj", "q_proj", "k_proj", "v_proj", "o_proj"}
