@@ -199,7 +199,7 @@ def make_examples(source, tokenizer, max_length, form=None):
         if found in ("messages", "instruction"):
             check(end is not None, "the template shows not all turns, or no token to stop at.")
             ends = [end in labels for *_, labels in encoded if {*labels} - {-100}]
-            check(all(ends) or asked is not tokenizer, f"{place} ends otherwise than the template.")
+            check(all(ends) or asked is not tokenizer, f"{place}: wrong end. Edit the template.")
         form = form or found
         check(found == form, f"{place}: a row of another form ({found}) than before ({form}).")
         for pieces, ids, labels in encoded:
@@ -306,7 +306,7 @@ def add_adapter(script, training, tokenizer, model):
         plain = not (whole or script.load_in_8bit) and all(w.dim() < 3 for w in model.parameters())
         check(plain, "--modules_to_save, 8 bit, experts, Mamba layers need `jobs` beside this.")
         lost = {*modules} - {n.rpartition(".")[2] for n, _ in model.named_modules()}
-        check(lost <= {"all-linear", "none"}, f"--lora_target_modules {lost}: no layer's name.")
+        check(not lost or modules in (["all-linear"], ["none"]), f"no layer is named {lost}.")
         modules = {"all-linear": "all-linear", "none": []}.get(",".join(modules), modules)
     # A file may hold a head of its own in spite of its configuration, as Falcon's does.
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -615,8 +615,8 @@ def read_model(script, tokenizer, source, **options):
     check(keep_run or is_plain, "own code, images, weights published quantised need ../jobs.")
     options |= {"attn_implementation": script.attn_implementation, "output_loading_info": True}
     model, info = load.from_pretrained(source, config=config, **options, **remote)
-    missing = sorted(info["missing_keys"])[:3]
-    check(not missing, f"{source} lacks weights: {missing} would be random.")
+    wrong = [*info["missing_keys"], *(k for k in info["unexpected_keys"] if "weight_scale" in k)]
+    check(not wrong, f"{source} lacks or packs weights: {sorted(wrong)[:3]} would be random.")
     if keep_run and (parts := keep_run.freeze_beside_text(model, source)):
         say("frozen", f"{', '.join(parts)}: text does not pass there")
     model.loss_type = "ForCausalLM"  # gpt2 names none and divides by a wrong number of tokens

@@ -115,8 +115,9 @@ def load_base(args, name):
     model, info = load.from_pretrained(name, **options)
     if stored:
         model._weight_conversions = None  # it would write them packed again, or by other names
-    missing = sorted(info["missing_keys"])[:3]
-    check(not missing, f"{name} lacks weights that would be random: {missing}. Fetch it again.")
+    wrong = [*info["missing_keys"], *(k for k in info["unexpected_keys"] if "weight_scale" in k)]
+    problem = f"{name} lacks weights, or has packed ones: {sorted(wrong)[:3]}"
+    check(not wrong, f"{problem}. Fetch it again, in bf16 or fp16.")
     return model.eval()
 
 

@@ -133,13 +133,14 @@ def convert(file, directory):
 def complete(file, directory):
     """Return the tokenizer of a tokenizer.json as it stands, with its roles; BOS if asked for."""
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer.from_file(str(file))
     roles, settings, reason = find_roles(directory, set(tokenizer.get_vocab()), {}, {})
     tokenizer.add_special_tokens(list(roles.values()))
-    if is_split_wrong(AutoTokenizer.from_pretrained(directory)):  # Mistral's, see transformers' own
-        mended = AutoTokenizer.from_pretrained(directory, fix_mistral_regex=True)
+    as_it_stands = PreTrainedTokenizerFast.from_pretrained(directory).backend_tokenizer
+    if getattr(as_it_stands, "fix_mistral_regex", None) is False:  # transformers found it wrong
+        mended = PreTrainedTokenizerFast.from_pretrained(directory, fix_mistral_regex=True)
         tokenizer.pre_tokenizer = mended.backend_tokenizer.pre_tokenizer
         settings["fix_mistral_regex"] = True
         print("numbers    are split as their makers do, not as tokenizer.json says")
@@ -150,12 +151,6 @@ def complete(file, directory):
     print(f"file       {file}: {kept}, {tokenizer.get_vocab_size():,} tokens")
     print(f"roles      {', '.join(map(' '.join, roles.items()))}; BOS {reason}")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles, **settings)
-
-
-def is_split_wrong(tokenizer):
-    """Whether transformers found that tokenizer.json splits numbers otherwise than its makers."""
-    inner = getattr(tokenizer, "backend_tokenizer", None)
-    return getattr(inner, "fix_mistral_regex", None) is False
 
 
 def add_bos(tokenizer, bos):

@@ -219,8 +219,8 @@ def load_model(args, precision, tokenizer):
         options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
     load = keep_answers.prepare(config, options) if keep_answers else AutoModelForCausalLM
     model, info = load.from_pretrained(args.base, output_loading_info=True, **options)
-    missing = sorted(info["missing_keys"])[:3]
-    check(not missing, f"{args.base} lacks weights, they would be random: {missing}")
+    wrong = [*info["missing_keys"], *(k for k in info["unexpected_keys"] if "weight_scale" in k)]
+    check(not wrong, f"{args.base} lacks weights, or has packed ones: {sorted(wrong)[:3]}.")
     done = [n for n, m in model.named_modules() if type(m).__module__ == "bitsandbytes.nn.modules"]
     check(done or not is_quantised, "no layer was quantised. Leave --load_in_... out.")
     args.quantised = f"; {len(done)} layers quantised" if done else ""

@@ -39,9 +39,7 @@ def some_rows(file):
     except Exception as error:  # of a damaged file, anything
         fail(f"--train_file {file}: {error!r}")
     is_good = rows and all(isinstance(row, dict) for row in rows)
-    check(
-        is_good, f"--train_file {file} holds no rows: wanted are objects, one a line or in a list."
-    )
+    check(is_good, f"--train_file {file} holds no rows: objects, one a line or in a list.")
     return rows, number
 
 

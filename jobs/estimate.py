@@ -185,10 +185,8 @@ def qsub_line(args, hours):
     words |= {n: value for n, value in modules.items() if value not in ("", "all-linear")}
     for name, value in words.items():
         if not re.fullmatch(r"[^\s,\"'\\`]*", str(value)):
-            problem = (
-                f"--{name} {value} does not pass through qsub -v: write it into a settings file"
-            )
-            return f"{problem}, and type -v CONFIG=FILE"
+            problem = f"--{name} {value} does not pass through qsub -v"
+            return f"{problem}: write it into a settings file, and type -v CONFIG=FILE"
     names["ARGS"] = f'"{" ".join(f"--{name} {value}" for name, value in words.items())}"'
     variables = ",".join(f"{name}={value}" for name, value in names.items())
     nodes = f" -l select={args.nodes}" if args.nodes > 1 else ""

@@ -127,9 +127,8 @@ def start_of_answer(args, tokenizer, ids):
 
 def prepare(config, options):
     """The class to load a model by, and what is not to be rounded, as in training."""
-    from published import auto_class, check_packing, keep_read_past
+    from published import auto_class, keep_read_past
 
-    check_packing(config, config.name_or_path)
     keep_read_past(config, options)
     return auto_class(config)
 

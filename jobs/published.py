@@ -11,9 +11,7 @@ from model_layers import READ_PAST, weigh_layers
 from run_common import check, say
 from torch.nn.functional import cross_entropy
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.utils import cached_file
 
 UNPACKED = ("mxfp4", "fp8", "mxfp8", "compressed-tensors")
 
@@ -23,7 +21,6 @@ def prepare(config, path, options):
 
     A model that sees keeps what it sees with. `options` are those of from_pretrained.
     """
-    check_packing(config, path)
     if stored := getattr(config, "quantization_config", None):
         kind, rounds = stored.get("quant_method"), "quantization_config" in options
         remedy = "Leave --load_in_... out." if rounds else "Fetch it in bf16 or fp16."
@@ -39,17 +36,6 @@ def auto_class(config):
     """AutoModelForCausalLM; for a model that sees, too, the class that keeps what it sees with."""
     sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
-
-
-def check_packing(config, path):
-    """Refuse a packing that transformers does not know: it would take the numbers for weights."""
-    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
-    kind = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if not kind and cached_file(path, "hf_quant_config.json", **dict.fromkeys(quiet, False)):
-        kind = "the form of hf_quant_config.json"
-    is_known = kind in {None, "bitsandbytes", *AUTO_QUANTIZER_MAPPING}
-    problem = f"{path} is published in {kind}, which transformers does not read."
-    check(is_known, f"{problem} Fetch it in bf16 or fp16.")
 
 
 def keep_read_past(config, options):

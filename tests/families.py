@@ -424,10 +424,13 @@ def zero(folder, table):
             try:
                 alone = matrix.alone(folder, script, kind, short, steps[kind])
                 text = error or matrix.check([error], out, alone)
-                if "Error(s) in loading state_dict" in error:  # experts that are stored turned
+                if (
+                    method.endswith("ZeRO-3") and "size mismatch for" in error
+                ):  # experts stored turned
                     text = "refused: transformers does not load it under ZeRO-3"
             except SystemExit:
-                text = "refused: as LoRA"
+                is_refused = table[kind].get("LoRA", "").startswith("refused")
+                text = "refused: as LoRA" if is_refused else "not even without DeepSpeed"
             table[kind][method] = text
             print(f"{kind}, {method}: {text[:300]}", flush=True)
 

@@ -97,7 +97,9 @@ def test_published_quantised(method, train_file, tmp_path, capsys, monkeypatch):
     for name, base in (("stored", stored), ("plain", plain)):
         out = tmp_path / f"{name}-lora"
         said, trainer, *_ = grid.train(base, train_file, str(out))
-        assert ("unpacked   the weights are published in" in said) == (name == "stored")
+        assert (f"unpacked   the weights are published in {method.split()[0]};" in said) == (
+            name == "stored"
+        )
         steps = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         losses.append((steps, trainer.model))
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)

@@ -12,6 +12,7 @@ import seven_grid as grid
 import test_published as published
 import torch
 from conftest import ROOT, ROWS, load_script, make_checkpoint, make_tokenizer, write_jsonl
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 OWN_CODE = """
@@ -90,23 +91,56 @@ def test_own_code_with_another_loss(llama, tmp_path, capsys):
     assert "own code" in line and "../jobs" in line
 
 
-def test_packed_as_transformers_does_not_know(llama, tmp_path, capsys):
-    """ModelOpt's: the numbers would be taken for weights, without their scales."""
-    data = write_jsonl(tmp_path / "d.jsonl", ROWS)
-    for name in ("quant_method", "hf_quant_config.json"):
-        model = tmp_path / name
-        shutil.copytree(llama, model)
-        if name == "quant_method":
-            config = json.loads((model / "config.json").read_text())
-            config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
-            (model / "config.json").write_text(json.dumps(config))
-        else:
-            (model / name).write_text('{"quantization": {"quant_algo": "FP8"}}')
-        more = ["--model_name_or_path", model]
-        for words in (["finetune_full/finetune_full.py", "--train_file", data, "--output_dir", tmp_path / "o"],
-                      ["generate_text/generate_text.py", "--prompt", "a"]):  # fmt: skip
-            line = refused(words[0], capsys, *more, *words[1:])
-            assert "which transformers does not read. Fetch it in bf16 or fp16." in line
+@pytest.mark.parametrize("name", ["quantization_config", "hf_quant_config.json"])
+def test_packed_as_transformers_does_not_know(name, llama, tmp_path, capsys, monkeypatch):
+    """ModelOpt's FP8: the numbers would be taken for weights, without their scales.
+
+    With `jobs` and without, wherever weights are read: what is there and not used is looked at.
+    """
+    data, model = write_jsonl(tmp_path / "d.jsonl", ROWS), tmp_path / "m"
+    shutil.copytree(llama, model)
+    stored = load_file(model / "model.safetensors")
+    for key, weight in {**stored}.items():
+        if key.endswith("_proj.weight"):
+            stored[f"{key}_scale"] = scale = weight.abs().max() / 448
+            stored[key] = (weight / scale).to(torch.float8_e4m3fn)
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    how = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    config = json.loads((model / "config.json").read_text())
+    if name == "quantization_config":
+        (model / "config.json").write_text(json.dumps(config | {name: how}))
+    else:
+        (model / name).write_text(json.dumps({"quantization": how}))
+    words = ["--model_name_or_path", model, "--prompt", "a"]
+    assert "packed ones" in refused("generate_text/generate_text.py", capsys, *words)
+    words = ["--model_name_or_path", model, "--train_file", data, "--output_dir", tmp_path / "o"]
+    wanted = "modelopt" if name == "quantization_config" else "packs weights"
+    for lesson in ("full", "lora", "lastlayer"):
+        line = refused(f"finetune_{lesson}/finetune_{lesson}.py", capsys, *words)
+        assert wanted in line, line
+    adapter = tmp_path / "adapter"
+    lora = load_script(ROOT / "finetune_lora/finetune_lora.py")
+    more = ["--train_file", data, "--output_dir", str(adapter), "--max_steps", "1"]
+    lora.main(["--model_name_or_path", llama, *more])
+    capsys.readouterr()
+    words = ["--adapter_name_or_path", adapter, "--base_model_name_or_path", model]
+    line = refused("finetune_lora/merge_lora.py", capsys, *words, "--output_dir", tmp_path / "n")
+    assert ("modelopt" if name == "quantization_config" else "packed ones") in line
+
+
+def test_names_of_no_layer_alone(llama, tmp_path, capsys, monkeypatch):
+    """PEFT passes over a name that matches nothing as long as another one does."""
+    lora = load_script(ROOT / "finetune_lora/finetune_lora.py")
+    monkeypatch.setattr(lora, "keep_run", None)
+    monkeypatch.setattr(lora, "model_layers", None)
+    words = ["--model_name_or_path", llama, "--train_file", write_jsonl(tmp_path / "d.jsonl", ROWS)]
+    for names in ("q_proj,v_porj", "all-linear,q_proj"):
+        more = ["--output_dir", str(tmp_path / "o"), "--lora_target_modules", names]
+        with pytest.raises(SystemExit):
+            lora.main([*words, *more])
+        assert "no layer is named {'" in capsys.readouterr().err
+    good = ["--lora_target_modules", "q_proj,v_proj", "--output_dir", str(tmp_path / "o")]
+    lora.main([*words, *good, "--max_steps", "1"])
 
 
 def test_a_tokenizer_of_other_files(llama, tmp_path, capsys):
@@ -258,14 +292,14 @@ def test_edits_that_generation_would_not_share(llama, tmp_path, capsys):
     assert text.count(old) == 1
     script = write(tmp_path / "rows.py", text.replace(old, new))
     line = refused(script, capsys, *words, "--output_dir", tmp_path / "one")
-    assert "row 1 ends otherwise than the template." in line
+    assert "row 1: wrong end. Edit the template." in line
     chatml = tmp_path / "chatml"  # whose questions hold the end, too
     tokenizer, _ = published.family("Qwen3 without thoughts", chatml)
     new = 'return "instruction", [[(f"<|im_start|>user\\n{question}<|im_end|>\\n", False), (answer, True)]]'
     edited = load_script(write(tmp_path / "chatml.py", text.replace(old, new)))
     with pytest.raises(SystemExit):
         [*edited.make_examples([data], tokenizer, 999)]
-    assert "row 1 ends otherwise than the template." in capsys.readouterr().err
+    assert "row 1: wrong end. Edit the template." in capsys.readouterr().err
     script = write(tmp_path / "template.py", text.replace("### 応答", "### 答え"))
     own = tmp_path / "own"
     shutil.copytree(llama, own)
