@@ -318,3 +318,12 @@ def test_edits_that_generation_would_not_share(llama, tmp_path, capsys):
     script = write(tmp_path / "other.py", asking)
     line = refused(script, capsys, *words, "--max_new_tokens", 2)
     assert "holds other answers: choose another." in line and "script was" in line
+
+
+def test_an_edit_that_trains_nothing(llama, tmp_path, capsys, monkeypatch):
+    script, data = load_script(ROOT / "finetune_full/finetune_full.py"), tmp_path / "d.jsonl"
+    load = script.load_model
+    monkeypatch.setattr(script, "load_model", lambda *args: load(*args).requires_grad_(False))
+    words = ["--model_name_or_path", llama, "--train_file", write_jsonl(data, ROWS)]
+    line = refused("finetune_full/finetune_full.py", capsys, *words, "--output_dir", tmp_path / "o")
+    assert "nothing is trained: no parameter has requires_grad." in line
