@@ -51,7 +51,7 @@ WITHOUT = {
     "accelerate": "training",
 }
 WITHOUT |= {"peft": "LoRA", "deepspeed": "ZeRO", "bitsandbytes": "8 and 4 bit"}
-WITHOUT |= {"sentencepiece": "models of the llama kind", "protobuf": "models of the llama kind"}
+WITHOUT |= {"sentencepiece": ALL, "protobuf": "models of the llama kind"}
 OPTIONAL = {"flash-attn": "flash_attention_2", "flash-attn-3": "flash_attention_3"}
 OPTIONAL |= {"kernels": "hub_kernel"}
 

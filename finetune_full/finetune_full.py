@@ -28,6 +28,7 @@ import torch
 import transformers
 from datasets import Dataset, Features, List, Value
 from pyarrow import compute, parquet
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_count
@@ -492,7 +493,6 @@ def turn_end_id(tokenizer):
 
 def exact_tokenizer(name, rows, say, grown=False, **remote):
     """The tokenizer with the ids of the model's own file, which AutoTokenizer may not give."""
-    from sentencepiece import SentencePieceProcessor
     from transformers.models.auto import tokenization_auto as auto
 
     off = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")

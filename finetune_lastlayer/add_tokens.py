@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import transformers  # its classes, and torch, come when they are used: it takes seconds
+from sentencepiece import SentencePieceProcessor
 
 
 def main(argv=None):
@@ -147,7 +148,6 @@ def auto_class(config):
 # Copied from finetune_full/finetune_full.py
 def exact_tokenizer(name, rows, say, grown=False, **remote):
     """The tokenizer with the ids of the model's own file, which AutoTokenizer may not give."""
-    from sentencepiece import SentencePieceProcessor
     from transformers.models.auto import tokenization_auto as auto
 
     off = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from pyarrow.parquet import ParquetFile
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.hf_argparser import string_to_bool
 from transformers.models.falcon import modeling_falcon
@@ -454,7 +455,6 @@ def choose_chat_template(name, tokenizer, values="{}"):
 # Copied from finetune_full/finetune_full.py
 def exact_tokenizer(name, rows, say, grown=False, **remote):
     """The tokenizer with the ids of the model's own file, which AutoTokenizer may not give."""
-    from sentencepiece import SentencePieceProcessor
     from transformers.models.auto import tokenization_auto as auto
 
     off = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")

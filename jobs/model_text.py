@@ -10,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from run_common import check, fail
+from sentencepiece import SentencePieceProcessor
 
 # Copied from finetune_full/finetune_full.py
 CHAT_TEMPLATE = r"""
@@ -133,7 +134,6 @@ def turn_end_id(tokenizer):
 # Copied from finetune_full/finetune_full.py
 def exact_tokenizer(name, rows, say, grown=False, **remote):
     """The tokenizer with the ids of the model's own file, which AutoTokenizer may not give."""
-    from sentencepiece import SentencePieceProcessor
     from transformers.models.auto import tokenization_auto as auto
 
     off = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")

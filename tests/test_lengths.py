@@ -34,7 +34,8 @@ def test_lengths(file):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             length = node.end_lineno - node.lineno + 1
-            assert length <= 45, f"{file}: {node.name} has {length} lines"
+            limit = 30 if node.name == "exact_tokenizer" else 45  # it stands in six files
+            assert length <= limit, f"{file}: {node.name} has {length} lines"
 
 
 @pytest.mark.parametrize("file", DIFFERENCES)
