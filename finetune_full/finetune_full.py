@@ -137,7 +137,7 @@ def chat_pieces(messages, tokenizer):
             start = before[: thought.start()] if thought else before
             answer = after[len(start) :]
             if not after.startswith(start) or (thought and answer.startswith(thought[1])):
-                raise ValueError("the template rewrites earlier turns, or what begins an answer.")
+                raise ValueError("the template rewrites its prompts. Edit it (--chat_template).")
             if not before.startswith(done):
                 examples, done = [*examples, []], ""
             examples[-1] += [(before[len(done) :], False), (answer, content != "")]

@@ -28,6 +28,7 @@ from datasets import Dataset
 sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
 try:  # all that is not about rewards
     import keep_run
+    from chat_turns import plain
     from keep_grpo import RewardTrainer, TrainingArguments, begin, save_results
     from model_text import chat_pieces, encode, texts, turn_end_id
     from run_common import check, fail, say
@@ -131,7 +132,7 @@ def load_data(script, training, tokenizer, max_length):
     rows, prompts, lost, form = [], [], 0, None
     for place, row in read_rows(source):
         try:
-            found, ids = prompt_of(*keep_run.plain(row, tokenizer))
+            found, ids = prompt_of(*plain(row, tokenizer))
         except Exception as error:  # a template can raise anything
             fail(f"{place}: {error if isinstance(error, ValueError) else repr(error)}")
         form = form or found

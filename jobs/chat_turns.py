@@ -220,11 +220,14 @@ class WithTools:
     def __call__(self, *args, **options):
         return self.tokenizer(*args, **options)
 
+    def in_full(self, messages):
+        """The turns of a conversation with their calls."""
+        pairs = zip(messages, self.shown, self.turns, strict=False)
+        turns = [full if turn == shown else turn for turn, shown, full in pairs]
+        return turns + messages[len(turns) :]
+
     def apply_chat_template(self, messages, **options):
-        turns = [*messages]
-        for number, turn in enumerate(self.shown[: len(turns)]):
-            if turns[number] == turn:
-                turns[number] = self.turns[number]
+        turns = self.in_full(messages)
         result, tools = self.render(turns, options, must=True), self.tools
         bare = [{name: value for name, value in turn.items() if name != CALLS} for turn in turns]
         without = self.render(bare, options)

@@ -19,7 +19,8 @@ from pickle import UnpicklingError
 import torch
 import transformers
 import yaml
-from chat_turns import find_template, plain  # noqa: F401 -- for scripts
+from chat_marks import plain  # noqa: F401 -- for scripts
+from chat_turns import find_template  # noqa: F401
 from check_arguments import check_tokens, read_words, refuse, settle  # noqa: F401
 from find_run import find_run  # noqa: F401
 from model_layers import freeze_beside_text  # noqa: F401

@@ -315,7 +315,7 @@ def test_templates_that_cannot_be_learned(script, checkpoints, tmp_path, capsys)
     rewriting = "{% for m in messages %}{% if loop.last %}<|endoftext|>{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
     (tmp_path / "rewriting.jinja").write_text(rewriting)
     message = refused(script, capsys, [*common, "--chat_template", tmp_path / "rewriting.jinja"])
-    assert "rewrites earlier turns" in message or "no token to stop at" in message
+    assert "rewrites its prompts" in message or "no token to stop at" in message
     assert "Two ready templates lie in ../chat_templates" in refused(
         script, capsys, [*common, "--chat_template", "dolly"]
     )

@@ -248,7 +248,7 @@ def test_no_think_turns(tmp_path, capsys):
     assert learned == ["青い。\n<SPECIAL_12>\n", "広い。\n深い。\n<SPECIAL_12>\n"]
     with pytest.raises(SystemExit):
         published.learn(tokenizer, tmp_path, [{"messages": turns[1:]}])
-    assert "what begins an answer" in capsys.readouterr().err
+    assert "rewrites its prompts" in capsys.readouterr().err
     template = tokenizer.chat_template.replace("<SPECIAL_12>", "")
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     tokenizer.chat_template = "{{ tools | tojson if tools else '' }}" + template

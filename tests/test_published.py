@@ -234,7 +234,7 @@ def test_what_templates_refuse(tmp_path, capsys):
     tokenizer.chat_template = NEMOTRON
     with pytest.raises(SystemExit):
         learn(tokenizer, tmp_path, [{"messages": conversation("Nemotron")}])
-    assert "what begins an answer" in capsys.readouterr().err
+    assert "rewrites its prompts" in capsys.readouterr().err
     tokenizer.chat_template = QWEN_3
     wrong = {'{"enable_thought": false}': "not in the template", "{a}": "kwargs {a}: JSON",
              '["enable_thinking"]': "AttributeError"}  # fmt: skip
