@@ -353,7 +353,7 @@ def main(argv=None):
     args = parse(argv)
     if args.list:
         for item in args.items:
-            say(f"{item.name:<18}", f"{item.what.replace(f'{ROOT}/', '')}  ({item.expected})")
+            say(f"{item.name:<20}", f"{item.what.replace(f'{ROOT}/', '')}  ({item.expected})")
         return 0
     results = read_results(args.output_file)
     if args.table:
@@ -394,7 +394,7 @@ def check_all(args, results, work):
         results[item.name] = found | {"machine": machine, "date": time.strftime("%Y-%m-%d")}
         write_results(args.output_file, results)
         line = f"{found['status']:<9}{found['measured']}  (expected {item.expected})"
-        print(f"{item.name:<19}{line}  {found['seconds']:.0f} s", flush=True)
+        print(f"{item.name:<21}{line}  {found['seconds']:.0f} s", flush=True)
     print()
     print(*table(results), sep="\n")
     bad = {"failed", "differs"}

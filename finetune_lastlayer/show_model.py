@@ -179,7 +179,7 @@ def choose_parameters(model, train):
         return [name for name in names if name.startswith(starts)]
     chosen = [name for name in names if re.search(train, name)]
     known = f"last_layer, last_block, input_output, new_tokens or names like {names[0]}"
-    check(chosen, f"--train {train} is in no parameter's name. Give {known} or {names[-1]}.")
+    check(chosen, f"--train {train} names nothing that text passes. Give {known} or {names[-1]}.")
     return chosen
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from count_trl import cache_bytes, head_bytes, reference_bytes, sequences
 from live_bytes import LikeCuda, Live
 from model_layers import READ_PAST, freeze_beside_text, weigh_layers
 from published import auto_class
@@ -255,8 +256,16 @@ def places(args):
     if args.nodes or args.gpus:
         return [(args.nodes or 1, args.gpus or 8, stage) for stage in stages]
     alone = [(1, 1, "none")] if stages[0] == "none" else []
-    several = [] if args.method == "last_layer" else [(2, 8, stages[-1]), (4, 8, stages[-1])]
+    is_one_node = args.method == "last_layer" or args.trainer != "sft"
+    several = [] if is_one_node else [(2, 8, stages[-1]), (4, 8, stages[-1])]
     return alone + [(1, 8, stage) for stage in stages if alone != [(1, 8, stage)]] + several
+
+
+def most_bytes(args, rows_need, rows):
+    """(kept for the backward pass, most at any time) for this many rows of the data."""
+    kept, peak = rows_need(sequences(args, rows))
+    peak += head_bytes(args, rows) + args.counts.largest  # a matrix of 4 or 8 bit, unpacked
+    return kept, max(peak, cache_bytes(args, rows))
 
 
 def fit(args):
@@ -269,10 +278,11 @@ def fit(args):
             traced[kept] = count(args), activations(args)
         args.counts, rows_need = traced[kept]
         args.items = states(args, args.counts)
+        if reference := reference_bytes(args, args.counts.total, held_in(args).itemsize):
+            args.items["reference"] = reference
         fixed = sum(args.items.values()) + CONTEXT_GB * 1e9 * (1 if args.gpus == 1 else 2)
         args.items["CUDA, NCCL"] = fixed - sum(args.items.values())
-        kept, peak = rows_need(args.per_device_train_batch_size)
-        peak += args.counts.largest  # a matrix of 4 or 8 bit, unpacked
+        kept, peak = most_bytes(args, rows_need, args.per_device_train_batch_size)
         args.items |= {"activations": kept, "logits, work": peak - kept}
         args.need, args.queue = fixed + peak, "rt_HG" if args.gpus == 1 else "rt_HF"
         args.host = host_bytes(args, args.counts)
@@ -281,9 +291,7 @@ def fit(args):
         for step in (2**k for k in range(12, -1, -1)):
             more = args.most + step
             args.most = (
-                more
-                if fixed + rows_need(more)[1] + args.counts.largest <= GPU_GB * 1e9
-                else args.most
+                more if fixed + most_bytes(args, rows_need, more)[1] <= GPU_GB * 1e9 else args.most
             )
         if args.fits:
             break

@@ -16,6 +16,15 @@ def texts(value):
         yield from texts(part)
 
 
+def answers(row):
+    """A row as what is learned at once: of a pair, each answer with its prompt."""
+    prompt, pair = row.get("prompt") or [], [row.get("chosen"), row.get("rejected")]
+    if not all(pair):
+        return [row]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [one if one[: len(asked)] == asked else [prompt, one] for one in pair]
+
+
 def some_rows(file):
     """(up to 300 rows from all over a file, how many it has, roughly)."""
     path = Path(os.path.expanduser(file))
@@ -81,7 +90,8 @@ def look_at_data(args):
     tokens, longest = 0, 2
     for file in args.train_file:
         rows, number_of_rows = some_rows(file)
-        lengths = [length("\n".join(texts(row))) for row in rows]
+        lengths = [[length("\n".join(texts(one))) for one in answers(row)] for row in rows]
+        lengths = [value for values in lengths for value in values]
         longest = max(longest, *lengths)
         if "text" not in rows[0]:  # texts are split, other rows are cut
             lengths = [min(value, args.max_length) for value in lengths]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from count_memory import BITS, GPU_GB, HOST_GB, STAGES, fit
 from count_tokens import look_at_data
+from count_trl import sequences
 from run_common import check, fail, say
 
 HERE = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ OPERATIONS = {"full": 6, "last_layer": 2, "lora": 4, "lora_8bit": 4, "qlora": 4}
 START_MINUTES, MOST_HOURS = 30, 168  # Python, reading weights and data, saving; ABCI's limit
 POINTS = {"rt_HG": 3, "rt_HF": 16}  # an hour of a node, standard use; see ABCI's tariff
 FOLDERS = {"full": "finetune_full", "last_layer": "finetune_lastlayer"}  # else finetune_lora
+TRAINERS = {"sft": None, "dpo": "finetune_dpo", "grpo": "finetune_grpo"}
 ROWS = {"full": (4, 8), "last_layer": (16, 16), "lora": (4, 4), "qlora": (4, 4)}  # rt_HG, rt_HF
 
 
@@ -55,6 +57,7 @@ def parse(argv, only_known=True):
     add = parser.add_argument
     add("--model_name_or_path", help=f"A directory, a hub name, or one of {', '.join(SEVEN)}.")
     add("--method", default="full", choices=OPERATIONS, help="Default: full.")
+    add("--trainer", default="sft", choices=TRAINERS, help="dpo, grpo: their lessons.")
     add("--precision", default="bf16", choices=("auto", "bf16", "fp16", "fp32"))
     add("--max_length", type=number, help="Tokens per row. Default: up to 1024, as the scripts.")
     add("--per_device_train_batch_size", type=number, default=8, help="Rows at once on each GPU.")
@@ -78,7 +81,8 @@ def parse(argv, only_known=True):
     add("--all", action="store_true", help="The README's table: the seven, all methods.")
     if only_known:
         return parser.parse_args(argv)
-    for name in ("load_in_8bit", "load_in_4bit"):  # what a job says instead of --method
+    add("--max_completion_length", type=int, default=128)
+    for name in ("load_in_8bit", "load_in_4bit", "full"):  # what a job says instead of --method
         add(f"--{name}", type=is_true, nargs="?", const=True, default=False)
     for name in ("output_dir", "bf16", "fp16"):
         add(f"--{name}", default="")
@@ -115,8 +119,11 @@ def complete(args):
     check(args.max_length <= limit, f"--max_length {args.max_length} is over {limit} positions.")
     args.precision = "bf16" if args.precision == "auto" else args.precision
     check(0 < args.learned_share <= 1, "--learned_share is above 0 and at most 1.")
-    several = args.method == "last_layer" and (args.nodes or 1) > 1
-    check(not several, "finetune_lastlayer has no job for several nodes.")
+    folder = TRAINERS[args.trainer] or FOLDERS.get(args.method, "finetune_lora")
+    several = folder in ("finetune_full", "finetune_lora") or (args.nodes or 1) == 1
+    check(several, f"{folder} has no job for several nodes.")
+    check(args.trainer == "sft" or args.method != "last_layer", f"{folder} has no last layer.")
+    args.learned_share = args.learned_share if args.trainer == "sft" else 1e-9  # no logits stand
     check(args.method == "last_layer" or args.train == "last_layer", "--train is for last_layer.")
     args.lora_alpha, args.lora_dropout, args.new_tokens = 32, 0.0, []
     for name in ("lora_target_modules", "modules_to_save"):
@@ -149,6 +156,7 @@ def minutes(args, tokens):
     operations = OPERATIONS[args.method] + 2 * args.activation_checkpointing
     if args.train not in ("last_layer", "last_block"):
         operations += 2
+    operations += 2 * (args.trainer == "dpo")  # the reference
     return operations * (args.counts.base - args.counts.idle) * tokens / speed / 60
 
 
@@ -157,7 +165,7 @@ def minutes(args, tokens):
 
 def qsub_line(args, hours):
     """The command that submits it, from the top directory."""
-    folder = FOLDERS.get(args.method, "finetune_lora")
+    folder = TRAINERS[args.trainer] or FOLDERS.get(args.method, "finetune_lora")
     short = next((s for s, entry in SEVEN.items() if entry["hub_id"] == args.job_model), None)
     # Its tokenizer is refused until it is converted, into this directory.
     model = "../generate_text/output/rinna" if short == "japanese-gpt-neox-3.6b" else args.job_model
@@ -174,7 +182,9 @@ def qsub_line(args, hours):
     words = {"num_train_epochs": args.num_train_epochs, "max_length": args.max_length}
     words["per_device_train_batch_size"] = args.per_device_train_batch_size
     words["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-    tuned = SEVEN[short]["full_fine_tuning"] if short and args.method == "full" else None
+    is_tuned = short and args.method == "full" and args.trainer == "sft"
+    tuned = SEVEN[short]["full_fine_tuning"] if is_tuned else None
+    words |= {"full": "true"} if args.method == "full" and args.trainer != "sft" else {}
     words |= {"learning_rate": tuned["learning_rate"]} if tuned else {}
     words |= {"precision": args.precision} if args.precision != "bf16" else {}
     words |= {"activation_checkpointing": "true"} if args.activation_checkpointing else {}
@@ -198,7 +208,7 @@ def qsub_line(args, hours):
 def step_tokens(args):
     """Tokens of an optimizer's step, at most."""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return rows * args.max_length * args.nodes * args.gpus
+    return sequences(args, rows) * args.max_length * args.nodes * args.gpus
 
 
 def show(args, tokens):
@@ -215,6 +225,9 @@ def show(args, tokens):
     say("host", f"{args.host / 1e9:.0f} GB of {HOST_GB[args.queue]} GB in each node's memory")
     most = f"at most {args.most} rows of {length} tokens" if args.most else "not even one row"
     say("fits" if args.fits else "too large", f"{most} on each GPU")
+    if args.trainer == "grpo":
+        say("time", "not estimated: answers are written token by token")
+        return
     if not tokens:
         each = minutes(args, 1e6) * 60
         say("time", f"{each:.2f} s per million tokens; --tokens N tells hours and points")

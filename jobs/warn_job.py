@@ -23,11 +23,7 @@ from run_common import read_deadline, say
 
 def read_job(gpus, script, *words):
     """The plan that a job's words describe; a settings file may come first."""
-    if script == "finetune_dpo.py":
-        raise ValueError("two answers a row and a reference are not estimated")
     words = list(words)
-    if script == "finetune_grpo.py":
-        raise ValueError("sampling and a reference are not estimated")
     if words and words[0].lower().endswith((".yaml", ".yml", ".json")):
         settings = yaml.safe_load(Path(os.path.expanduser(words.pop(0))).read_text("utf-8"))
         settings.pop("run", None)
@@ -40,7 +36,8 @@ def read_job(gpus, script, *words):
     args.zero_stage = args.zero_stage or "none"
     rounded = "qlora" if args.load_in_4bit else "lora_8bit" if args.load_in_8bit else "lora"
     methods = {"finetune_full.py": "full", "finetune_lastlayer.py": "last_layer"}
-    args.method = methods.get(script, rounded)
+    args.method = methods.get(script, "full" if args.full else rounded)
+    args.trainer = {"finetune_dpo.py": "dpo", "finetune_grpo.py": "grpo"}.get(script, "sft")
     wanted = [name for name in ("bf16", "fp16") if getattr(args, name).lower() == "true"]
     args.precision = wanted[0] if wanted else args.precision
     return complete(args)
@@ -66,7 +63,9 @@ def share_done(output_dir):
 
 def warn(args):
     """Compare a plan with this job's GPU and deadline."""
-    tokens, args.max_length = look_at_data(args) if args.train_file else (0, args.max_length)
+    tokens, longest = look_at_data(args) if args.train_file else (0, args.max_length)
+    longest += args.max_completion_length if args.trainer == "grpo" else 0
+    args.max_length = min(args.max_length, longest)
     fit(args)
     size, rows = gpu_bytes(), args.per_device_train_batch_size
     if args.need > MARGIN * size:
@@ -74,6 +73,8 @@ def warn(args):
         remedy = "python ../jobs/estimate.py tells what fits"
         text += f" {MARGIN * size / 1e9:.0f} GB, 7 % left for gaps (computed)"
         say("warning", f"does not fit: {text}; {remedy}")
+    if args.trainer == "grpo":  # how long its answers take is not estimated
+        return
     tokens *= args.num_train_epochs
     if args.max_steps > 0:
         tokens = args.max_steps * min(step_tokens(args), tokens or step_tokens(args))

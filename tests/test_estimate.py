@@ -11,11 +11,13 @@ import re
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+import trl.trainer.utils
 from conftest import ROOT, load_script, write_jsonl
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
@@ -23,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 sys.path.append(str(ROOT / "jobs"))
 import count_memory
 import count_tokens
+import count_trl
 import estimate
 import warn_job
 
@@ -81,18 +84,29 @@ def batch_of(rows, length, share=1.0):
     return batch | {"shift_labels": ids.roll(-1, 1)[learned]}
 
 
-def measured_peak(model, batch):
+def measured_peak(model, batch, step=lambda model, batch: model(**batch).loss):
     """Most bytes that the CPU's allocator had given out at once, beyond those before the step."""
-    model(**batch).loss.backward()  # gradients are there already
+    step(model, batch).backward()  # gradients are there already
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        model(**batch).loss.backward()
+        step(model, batch).backward()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+def pair_step(model, reference, ids):
+    """DPO's loss of rows whose first half is preferred, with TRL's head; no word of the project's."""
+    ones = torch.ones_like(ids)
+    scores = model(input_ids=ids, attention_mask=ones, labels=ids, fused_lm_head=True).log_probs
+    with torch.no_grad(), nullcontext() if reference else model.disable_adapter():
+        frozen = reference or model
+        start = frozen(input_ids=ids, attention_mask=ones, labels=ids, fused_lm_head=True).log_probs
+    better, worse = (scores - start).sum(1).chunk(2)
+    return -torch.nn.functional.logsigmoid(0.1 * (better - worse)).mean()
 
 
 def measured_kept(model, batch):
@@ -140,6 +154,32 @@ def compare(folder, kind, attention, rows, length, checkpointing, method, layers
 def test_activations_within_a_tenth(case, tmp_path):
     for computed, measured in compare(tmp_path, *case):
         assert computed == pytest.approx(measured, rel=0.1), f"{computed:,} {measured:,}"
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "grpo"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_pairs_within_a_tenth(method, trainer, tmp_path, monkeypatch):
+    """Two answers a row, the reference's pass, TRL's tiles in place of logits; narrow ones, since
+    on a CPU TRL needs more for each than on a GPU."""
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    monkeypatch.setattr(count_trl, "COLUMNS", 64)
+    config, rows, length = tiny_config("llama"), 4, 128
+    config.vocab_size = 3000  # whole logits would be the most of all
+    words = ["--method", method, "--max_length", length, "--trainer", trainer]
+    plan = plan_of(tmp_path, copy.deepcopy(config), *words)
+    plan.counts = count_memory.count(plan)
+    kept, computed = count_memory.most_bytes(plan, count_memory.activations(plan), rows)
+    model = real_model(config, method)
+    reference = AutoModelForCausalLM.from_config(config).eval() if method == "full" else None
+    for one in filter(None, (model.get_base_model() if method == "lora" else model, reference)):
+        trl.trainer.utils.add_fused_lm_head(one)
+    rows *= 2 if trainer == "dpo" else 1
+    ids = torch.randint(0, 300, (rows, length), generator=torch.Generator().manual_seed(0))
+    measured = measured_peak(model, ids, lambda model, ids: pair_step(model, reference, ids))
+    assert computed == pytest.approx(measured, rel=0.1), f"{computed:,} {measured:,} {kept:,}"
+    plan.stage = "none"
+    copy_of_it = 4 * plan.counts.total if method == "full" else 0
+    assert count_memory.reference_bytes(plan, plan.counts.total, 4) == copy_of_it
 
 
 def test_checkpointing_in_16_bit(tmp_path):
@@ -396,6 +436,8 @@ BAD = [
     ("--model_name_or_path falcon-7b --deepspeed no.json", "no configuration of DeepSpeed"),
     ("--model_name_or_path falcon-7b --method qlora --zero_stage 3", "no rounded base"),
     ("--model_name_or_path falcon-7b --method last_layer --nodes 2", "no job for several nodes"),
+    ("--model_name_or_path falcon-7b --trainer dpo --nodes 2", "finetune_dpo has no job for sev"),
+    ("--model_name_or_path falcon-7b --trainer grpo --method last_layer", "has no last layer"),
     ("--model_name_or_path falcon-7b --learned_share 2", "at most 1"),
     ("--model_name_or_path falcon-7b --train_file no.jsonl", "--train_file no.jsonl"),
     ("--model_name_or_path falcon-7b --gpus 2", "--gpus is 1 (rt_HG) or 8"),
@@ -438,6 +480,41 @@ def test_data_is_counted_roughly(tmp_path):
         tokens, longest = count_tokens.look_at_data(args)
         assert longest == 50  # the longer ones are cut
         assert tokens == pytest.approx(2000 * (30 + 50) / 2, rel=0.1)
+
+
+def test_pairs_are_counted_with_their_prompt(tmp_path):
+    """Each answer behind the prompt, whether as text or as turns that repeat it or not."""
+    ask, yes, no = "あ" * 20, "い" * 5, "う" * 10
+    turn = {"role": "user", "content": ask}
+    yes_turn, no_turn = ([{"role": "assistant", "content": text}] for text in (yes, no))
+    rows = [
+        {"prompt": ask, "chosen": yes, "rejected": no},
+        {"prompt": [turn], "chosen": yes_turn, "rejected": no_turn},
+        {"prompt": ask, "chosen": [turn, *yes_turn], "rejected": [turn, *no_turn]},
+        {"chosen": [turn, *yes_turn], "rejected": [turn, *no_turn]},
+    ]
+    args = plan_of(tmp_path / "model", tiny_config("llama"), "--max_length", 500)
+    for number, row in enumerate(rows):
+        args.train_file = [write_jsonl(tmp_path / f"{number}.jsonl", [{**row, "id": "x"}] * 50)]
+        tokens, longest = count_tokens.look_at_data(args)
+        words = 0 if number == 0 else 14  # "user" and "assistant"
+        assert tokens / 50 == pytest.approx(2 * 20 + 5 + 10, abs=words + 1), number
+        assert 30 <= longest <= 30 + 7, number
+
+
+def test_the_line_of_pairs(capsys, small):
+    """Its own directory; eight operations a parameter and token with the reference's two."""
+    where = ["--model_name_or_path", "open-calm-7b", "--max_length", 64, "--tokens", 1e9]
+    hours = {}
+    for trainer in ("sft", "dpo"):
+        out = run(capsys, *where, "--method", "full", "--trainer", trainer)
+        hours[trainer] = float(re.search(r"time +([\d.]+) h", out)[1])
+    assert hours["dpo"] / hours["sft"] == pytest.approx(8 / 6, rel=0.05)
+    assert "cd finetune_dpo && " in out and "--full true" in out and "reference" in out
+    out = run(capsys, *where, "--method", "qlora", "--trainer", "dpo")
+    assert "--load_in_4bit true" in out and "reference" not in out and "--full" not in out
+    out = run(capsys, *where, "--method", "lora", "--trainer", "grpo")
+    assert "not estimated: answers are written" in out and "qsub" not in out
 
 
 # ---- In the READMEs ----
@@ -506,6 +583,27 @@ def test_a_job_is_warned(tmp_path, capsys, monkeypatch, small):
         str(ROOT / "deepspeed_configs/zero2.json"),
     )
     assert (args.method, args.zero_stage, args.gpus) == ("qlora", "zero2", 8)
+
+
+def test_a_job_of_answers_is_warned_of_memory_only(tmp_path, capsys, monkeypatch, small):
+    """DPO's --full true has a reference; GRPO's rows grow by their answers."""
+    tiny_config("llama").save_pretrained(tmp_path / "model")
+    file = write_jsonl(
+        tmp_path / "my.jsonl", [{"prompt": "abc " * 75, "chosen": "a", "rejected": "b"}] * 9
+    )
+    monkeypatch.setattr(warn_job, "gpu_bytes", lambda: 1e9)
+    monkeypatch.setenv("DEADLINE", str(int(time.time())))
+    words = ["--model_name_or_path", str(tmp_path / "model"), "--train_file", str(file)]
+    for script, more, length, is_late in (
+        ("finetune_dpo.py", ["--full", "true"], 101, True),
+        ("finetune_grpo.py", ["--max_completion_length", "64"], 165, False),
+    ):
+        args = warn_job.read_job("1", script, *words, *more)
+        assert args.method == ("full" if is_late else "lora")
+        warn_job.warn(args)
+        out = capsys.readouterr().out
+        assert f"8 rows x {length} tokens need" in out, out
+        assert ("does not finish" in out) == is_late and ("reference" in args.items) == is_late
 
 
 def test_a_job_goes_on_whatever_the_estimate_says(capsys, monkeypatch):

@@ -318,7 +318,7 @@ OTHER_ROWS = "new tokens need --weight_decay 0 and --optim adamw_torch_fused"
 BAD_ARGUMENTS = {
     "matches nothing": (
         ["--train", "lastlayer"],
-        r"in no parameter's name.*embed_tokens.weight .*lm_head.weight",
+        r"names nothing that text passes.*embed_tokens.weight .*lm_head.weight",
     ),
     "no regular expression": (["--train", "layers.(1"], "is no regular expression"),
     "checkpointing": (["--activation_checkpointing", "true"], "only costs time"),
@@ -459,7 +459,9 @@ def test_show_model_ranges_and_refusals(show, checkpoints, capsys):
         name = rf"model\.layers\.{block}\.mlp\.up_proj\.weight"
         assert any(re.match(rf"{re.escape(mark)}  {name}  +Linear  +1 ", line) for line in lines)
     base = ["--model_name_or_path", checkpoints["llama"]]
-    assert "in no parameter's name" in refused(show, capsys, [*base, "--train", "embed_out"])
+    assert "names nothing that text passes" in refused(
+        show, capsys, [*base, "--train", "embed_out"]
+    )
     assert "is no regular expression" in refused(show, capsys, [*base, "--train", "("])
     words = ["--model_name_or_path", "no/such/model/here"]
     assert "is no causal language model here" in refused(show, capsys, words)
