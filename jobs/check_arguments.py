@@ -7,6 +7,9 @@ before anything is loaded; each refusal is one line, and exit code 2.
 import json
 import math
 import os
+import shlex
+import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -143,6 +146,7 @@ def prepare_deepspeed(training):
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    check_builds()
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     torch.serialization.add_safe_globals(known)
@@ -166,6 +170,21 @@ def prepare_deepspeed(training):
         modeling_utils._tied_params_are_equal = equal
         # As from_pretrained is asked for: the base of an adapter may be in 16 bit.
         Init.dtype = property(lambda _: torch.get_default_dtype(), lambda *_: None)
+
+
+def check_builds():
+    """Refuse what a killed build left behind: DeepSpeed would wait for its lock without end.
+
+    A build takes a minute or two.
+    """
+    from torch.utils import cpp_extension
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        with suppress(FileNotFoundError):  # another process may just have ended its build
+            is_new = time.time() - lock.stat().st_mtime < 900
+            remedy = f"type: rm {shlex.quote(str(lock))}"
+            check(is_new, f"a build was cut off, and would be waited for without end; {remedy}")
 
 
 def check_lora(script, training, given):

@@ -5,8 +5,10 @@ with a history.
 """
 
 import json
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -277,7 +279,14 @@ def test_what_cannot_work_is_refused(
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
     (tmp_path / "ungathered.json").write_text(json.dumps(config))
     words = [*base, "--deepspeed", tmp_path / "ungathered.json"]
+    lock = tmp_path / "extensions" / "fused_adam" / "lock"  # of a build that was killed
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     assert "stage3_gather_16bit_weights_on_model_save" in refused(module, capsys, words)
+    os.utime(lock, (0, time.time() - 1000))
+    assert f"type: rm {lock}" in refused(module, capsys, words) and lock.exists()
+    lock.unlink()
     for more in REFUSED[script]:
         words = [*base, "--deepspeed", ROOT / "deepspeed_configs" / "zero3.json", *more]
         assert re.search(NOT_PARTED, refused(module, capsys, words)), more
