@@ -4,7 +4,7 @@
 #   JGLUE_DIR=/path/to/JGLUE bash quickstart.sh with real JSQuAD in place of the sample that comes with this
 # Run again, it does only what is not done yet. Each step is a lesson of README.md; the commands are the same.
 set -uo pipefail
-cd "$(dirname "$0")" || exit 2
+CDPATH='' cd "$(dirname "$0")" || exit 2
 bash jobs/setup_venv.sh || exit
 source jobs/env.sh || exit
 export HF_HUB_OFFLINE=1 # nothing is fetched from here on

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs all tests: bash run_tests.sh [arguments for pytest]. Installs first what they need, into .venv (VENV=DIR: elsewhere).
 set -uo pipefail
-cd "$(dirname "$0")" || exit 2
+CDPATH='' cd "$(dirname "$0")" || exit 2
 # A broken environment is mended by setup_venv.sh; where nothing changed it is a matter of seconds.
 bash jobs/setup_venv.sh || exit
 VENV=${VENV:-$PWD/.venv}

@@ -7,7 +7,7 @@
 #PBS -j oe
 #PBS -k oed
 # A job is a copy of this file in the spool of PBS; by hand, $0 tells the directory.
-if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$(dirname "$0")"; fi || exit 2
+if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else CDPATH='' cd "$(dirname "$0")"; fi || exit 2
 [[ -f ../jobs/env.sh && -f gpu_check.py ]] ||
   { echo "error: no gpu_check.py and ../jobs/env.sh in $PWD. Submit from this job file's directory" >&2; exit 2; }
 source ../jobs/env.sh || exit

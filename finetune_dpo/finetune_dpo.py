@@ -30,7 +30,7 @@ from pyarrow import compute
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "jobs"))
 try:  # all that is not about preferences
     import keep_run
     from model_text import chat_pieces, encode, texts, turn_end_id

@@ -8,19 +8,21 @@
 #PBS -j oe
 #PBS -k oed
 # A job is a copy of this file in the spool of PBS; by hand, $0 tells the directory.
-if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$(dirname "$0")"; fi || exit 2
+if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else CDPATH='' cd "$(dirname "$0")"; fi || exit 2
 [[ -f ../jobs/env.sh && -f finetune_dpo.py ]] ||
   { echo "error: no finetune_dpo.py and ../jobs/env.sh in $PWD. Submit from this job file's directory" >&2; exit 2; }
 source ../jobs/env.sh || exit
 
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
-if [[ -z ${MODEL:-}${CONFIG:-} ]]; then # DPO starts from a model that answers: the small new one learns to, first
-  CUDA_VISIBLE_DEVICES="" python ../finetune_full/finetune_full.py --model_name_or_path ../tiny_model/output/llama --output_dir output/start \
-    --train_file ../jglue/output/jnli_train.jsonl --learning_rate 3e-3 --num_train_epochs 4 || exit
-  ARGS="--learning_rate 5e-4 --per_device_train_batch_size 16 --num_train_epochs 1 --logging_steps 5 --eval_strategy steps --eval_on_start true ${ARGS:-}"
+START=output/start${PBS_ARRAY_INDEX:+_$PBS_ARRAY_INDEX} # of each job of a sweep
+if [[ $ASKED != *--model_name_or_path* ]]; then # DPO starts from a model that answers: the small new one learns to, first
+  CUDA_VISIBLE_DEVICES="" python ../finetune_full/finetune_full.py --model_name_or_path ../tiny_model/output/llama \
+    --output_dir "$START" --train_file ../jglue/output/jnli_train.jsonl --learning_rate 3e-3 --num_train_epochs 4 || exit
+  ARGS="--num_train_epochs 1 --logging_steps 5 --eval_strategy steps --eval_on_start true ${ARGS:-}"
+  ARGS="--learning_rate 5e-4 --per_device_train_batch_size 16 $ARGS"
 fi
-MODEL=${MODEL:-output/start}
-[[ -n ${TRAIN_FILE:-}${CONFIG:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jnli_preferences_validation.jsonl}
+MODEL=${MODEL:-$START}
+[[ $ASKED == *--train_file* ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jnli_preferences_validation.jsonl}
 TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jnli_preferences_train.jsonl}
 OUTPUT_DIR=${OUTPUT_DIR:-output/dpo}
 SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR"
@@ -38,7 +40,7 @@ if ((GPUS > 1)) || [[ $GPUS == 1 && -n ${DEEPSPEED:-}${CONFIG:-} ]]; then # a se
 fi
 ((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
 ((GPUS == 0)) || timeout 120 python ../jobs/warn_job.py "$GPUS" finetune_dpo.py "${SETTINGS[@]}" "${WORDS[@]}" "$@" &
-bash ../jobs/wait_lock.sh "${OUTPUT_DIR:-output}" && "${LAUNCH[@]}" finetune_dpo.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
+"${LAUNCH[@]}" finetune_dpo.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
 status=$? # of the training, whatever becomes of the picture; --since: of this job's losses only
 ((status != 0)) || python ../jobs/draw_loss.py "$OUTPUT_DIR" --since $(($(date +%s) - SECONDS))
 exit "$status"

@@ -8,16 +8,16 @@
 #PBS -j oe
 #PBS -k oed
 # A job is a copy of this file in the spool of PBS; by hand, $0 tells the directory.
-if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$(dirname "$0")"; fi || exit 2
+if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else CDPATH='' cd "$(dirname "$0")"; fi || exit 2
 [[ -f ../jobs/env.sh && -f finetune_full.py ]] ||
   { echo "error: no finetune_full.py and ../jobs/env.sh in $PWD. Submit from this job file's directory" >&2; exit 2; }
 source ../jobs/env.sh || exit
 
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
-[[ -n ${MODEL:-}${CONFIG:-} ]] || # for the small new model; such a rate would ruin a trained one
+[[ $ASKED == *--model_name_or_path* ]] || # for the small new model; such a rate would ruin a trained one
   ARGS="--learning_rate 3e-3 --warmup_steps 50 --per_device_train_batch_size 32 --num_train_epochs 5 ${ARGS:-}"
 MODEL=${MODEL:-../tiny_model/output/llama}
-[[ -n ${TRAIN_FILE:-}${CONFIG:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
+[[ $ASKED == *--train_file* ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
 TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jsquad_train.jsonl}
 OUTPUT_DIR=${OUTPUT_DIR:-output}
 SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR"
@@ -35,7 +35,7 @@ if ((GPUS > 1)) || [[ $GPUS == 1 && -n ${DEEPSPEED:-}${CONFIG:-} ]]; then # a se
 fi
 ((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
 ((GPUS == 0)) || timeout 120 python ../jobs/warn_job.py "$GPUS" finetune_full.py "${SETTINGS[@]}" "${WORDS[@]}" "$@" &
-bash ../jobs/wait_lock.sh "${OUTPUT_DIR:-output}" && "${LAUNCH[@]}" finetune_full.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
+"${LAUNCH[@]}" finetune_full.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
 status=$? # of the training, whatever becomes of the picture; --since: of this job's losses only
 ((status != 0)) || python ../jobs/draw_loss.py "$OUTPUT_DIR" --since $(($(date +%s) - SECONDS))
 exit "$status"

@@ -25,7 +25,7 @@ import torch
 import transformers
 from datasets import Dataset
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "jobs"))
 try:  # all that is not about rewards
     import keep_run
     from chat_turns import plain

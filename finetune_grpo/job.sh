@@ -8,17 +8,19 @@
 #PBS -j oe
 #PBS -k oed
 # A job is a copy of this file in the spool of PBS; by hand, $0 tells the directory.
-if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$(dirname "$0")"; fi || exit 2
+if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else CDPATH='' cd "$(dirname "$0")"; fi || exit 2
 [[ -f ../jobs/env.sh && -f finetune_grpo.py ]] ||
   { echo "error: no finetune_grpo.py and ../jobs/env.sh in $PWD. Submit from this job file's directory" >&2; exit 2; }
 source ../jobs/env.sh || exit
 
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
-if [[ -z ${MODEL:-}${CONFIG:-} && -d ../tiny_model/output/llama ]]; then # first SFT, until it is sometimes right
-  CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} python ../finetune_full/finetune_full.py --max_steps 60 \
+if [[ $ASKED != *--model_name_or_path* && -d ../tiny_model/output/llama ]]; then # first SFT, until it is sometimes right
+  START=output/start${PBS_ARRAY_INDEX:+_$PBS_ARRAY_INDEX} # each job of a sweep makes its own
+  ONE=${CUDA_VISIBLE_DEVICES-0} # of several GPUs the first
+  CUDA_VISIBLE_DEVICES=${ONE%%,*} python ../finetune_full/finetune_full.py --max_steps 60 \
     --model_name_or_path ../tiny_model/output/llama --train_file ../jglue/output/jcommonsenseqa_train.jsonl \
-    --output_dir output/start --learning_rate 3e-3 --per_device_train_batch_size 21 --save_strategy no || exit
-  MODEL=output/start ARGS="--learning_rate 2e-3 --per_device_train_batch_size 64 --max_steps 60 ${ARGS:-}"
+    --output_dir "$START" --learning_rate 3e-3 --per_device_train_batch_size 21 --save_strategy no || exit
+  MODEL=$START ARGS="--learning_rate 2e-3 --per_device_train_batch_size 64 --max_steps 60 ${ARGS:-}"
   ARGS="--max_completion_length 4 --logging_steps 5 $ARGS"
 fi
 MODEL=${MODEL:-../tiny_model/output/llama}
@@ -38,7 +40,7 @@ if ((GPUS > 1)) || [[ $GPUS == 1 && -n ${DEEPSPEED:-}${CONFIG:-} ]]; then # a se
 fi
 ((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
 ((GPUS == 0)) || timeout 120 python ../jobs/warn_job.py "$GPUS" finetune_grpo.py "${SETTINGS[@]}" "${WORDS[@]}" "$@" &
-bash ../jobs/wait_lock.sh "${OUTPUT_DIR:-output}" && "${LAUNCH[@]}" finetune_grpo.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
+"${LAUNCH[@]}" finetune_grpo.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
 status=$? # of the training, whatever becomes of the picture; --since: of this job's losses only
 ((status != 0)) || python ../jobs/draw_loss.py "$OUTPUT_DIR" --since $(($(date +%s) - SECONDS))
 exit "$status"

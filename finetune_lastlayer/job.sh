@@ -8,7 +8,7 @@
 #PBS -j oe
 #PBS -k oed
 # A job is a copy of this file in the spool of PBS; by hand, $0 tells the directory.
-if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else cd "$(dirname "$0")"; fi || exit 2
+if [[ ${PBS_ENVIRONMENT:-} == PBS_BATCH ]]; then cd "$PBS_O_WORKDIR"; else CDPATH='' cd "$(dirname "$0")"; fi || exit 2
 [[ -f ../jobs/env.sh && -f finetune_lastlayer.py ]] ||
   { echo "error: no finetune_lastlayer.py and ../jobs/env.sh in $PWD. Submit from this job's directory" >&2; exit 2; }
 source ../jobs/env.sh || exit
@@ -16,10 +16,10 @@ source ../jobs/env.sh || exit
 # Edit here, or set it at submission: qsub -P GROUP -v MODEL=/my/model,TRAIN_FILE=my.jsonl,OUTPUT_DIR=output/my job.sh
 # Another part than the last layer: ARGS="--train last_block"; python show_model.py tells what there is.
 # New tokens: first make a MODEL that has them, with python add_tokens.py, which prints what to type next.
-[[ -n ${MODEL:-}${CONFIG:-} ]] || # for the small new model; such a rate would ruin a trained one
+[[ $ASKED == *--model_name_or_path* ]] || # for the small new model; such a rate would ruin a trained one
   ARGS="--learning_rate 1e-3 ${ARGS:-}"
 MODEL=${MODEL:-../tiny_model/output/llama}
-[[ -n ${TRAIN_FILE:-}${CONFIG:-} ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
+[[ $ASKED == *--train_file* ]] || VALIDATION_FILE=${VALIDATION_FILE-../jglue/output/jsquad_validation.jsonl}
 TRAIN_FILE=${TRAIN_FILE:-../jglue/output/jsquad_train.jsonl}
 OUTPUT_DIR=${OUTPUT_DIR:-output}
 SETTINGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --output_dir "$OUTPUT_DIR"
@@ -37,7 +37,7 @@ if ((GPUS > 1)) || [[ $GPUS == 1 && -n ${DEEPSPEED:-}${CONFIG:-} ]]; then # a se
 fi
 ((GPUS > 0)) || [[ -z ${DEEPSPEED:-} ]] || { echo "error: DEEPSPEED needs a GPU, here is none. Unset it" >&2; exit 2; }
 ((GPUS == 0)) || timeout 120 python ../jobs/warn_job.py "$GPUS" finetune_lastlayer.py "${SETTINGS[@]}" "${WORDS[@]}" "$@" &
-bash ../jobs/wait_lock.sh "${OUTPUT_DIR:-output}" && "${LAUNCH[@]}" finetune_lastlayer.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
+"${LAUNCH[@]}" finetune_lastlayer.py "${SETTINGS[@]}" "${WORDS[@]}" "$@"
 status=$? # of the training, whatever becomes of the picture; --since: of this job's losses only
 ((status != 0)) || python ../jobs/draw_loss.py "$OUTPUT_DIR" --since $(($(date +%s) - SECONDS))
 exit "$status"

@@ -30,11 +30,11 @@ from transformers.hf_argparser import string_to_bool
 from transformers.models.falcon import modeling_falcon
 from transformers.utils.logging import disable_progress_bar
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))
-try:  # what lets answers to a file go on where they were cut off, and stop in time
+JOBS, keep_answers = Path(__file__).resolve().parent.parent / "jobs", None
+if (JOBS / "keep_answers.py").exists():  # what lets answers to a file go on, and stop in time
+    sys.path.insert(0, str(JOBS))  # before files of yours that are called alike
     import keep_answers
-except ModuleNotFoundError:
-    keep_answers = None  # this file was copied alone: it answers from start to end
+# Else this file was copied alone: it answers from start to end.
 
 # ---- 1. Settings ----
 

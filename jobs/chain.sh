@@ -4,7 +4,8 @@
 # What follows the job file goes to qsub as it is. Each job goes on where the one before stopped; when the training is
 # finished, those that are left see it and end at once. They start whatever became of the one before (afterany): after
 # the walltime or a dead node that is wanted, and an error costs each of them no more than the way from the last
-# checkpoint to it. Nothing looks at the status: a broken node and a wrong argument end alike.
+# checkpoint to it. Nothing looks at the status: a broken node and a wrong argument end alike. So a file STOP ends one
+# job, and the next goes on: remove those first. In a container: from the lesson, ../jobs/container.sh is the job file.
 fail() {
   echo "error: $*" >&2
   exit 2
@@ -13,8 +14,11 @@ usage="Type: bash jobs/chain.sh 3 finetune_full/job.sh -P GROUP"
 [[ ${1:-} =~ ^[1-9][0-9]?$ ]] || fail "the number of jobs is ${1:-missing}, not one from 1 to 99. $usage"
 [[ -f ${2:-} ]] || fail "there is no job file ${2:-named}. $usage"
 command -v qsub >/dev/null || fail "no qsub here. Type this on a machine that submits jobs (on ABCI: a login node)"
-number=$1 file=$(basename -- "$2")
-cd -- "$(dirname -- "$2")" || exit 2 # a job file is submitted from its own directory
+number=$1 file=$2
+if [[ ${file##*/} != container.sh ]]; then # which runs the job.sh of the directory where you are
+  file=$(basename -- "$2")
+  CDPATH='' cd -- "$(dirname -- "$2")" || exit 2 # a job file is submitted from its own directory
+fi
 shift 2
 
 previous="" queued="" # newest first: to remove the first one would start the next

@@ -150,7 +150,9 @@ def check_reports() -> list[tuple[str, str, bool, str]]:
         rows.append(("bitsandbytes", "", there, remark))
     report = str(Path(sys.executable).with_name("ds_report"))
     ok, remark = own_report(
-        [report], r"^ninja \.+ \[OKAY\]", r"^Traceback|^ninja \.+ \[NO|ModuleNotFoundError"
+        [sys.executable, report],
+        r"^ninja \.+ \[OKAY\]",
+        r"^Traceback|^ninja \.+ \[NO|ModuleNotFoundError",
     )
     rows.append(("deepspeed", installed_version("deepspeed") or "-", ok, f"reports: {remark}"))
     return rows

@@ -65,7 +65,7 @@ _env_modules() {
 _env_writable() {
   local directory=${!1} probe=""
   # A real file: on a full disk or with a used-up quota a directory still looks writable.
-  { mkdir -p -- "$directory" && probe=$(mktemp "$directory/.write_test.XXXXXX") && echo ok >"$probe"; } 2>/dev/null ||
+  { mkdir -p -- "$directory" && probe=$(mktemp "$directory/.write_test.XXXXXX") && echo ok >|"$probe"; } 2>/dev/null ||
     _env_error "cannot write to $1=$directory. $2"
   local status=$?
   [[ -z $probe ]] || rm -f -- "$probe"
@@ -74,6 +74,10 @@ _env_writable() {
 
 _env_caches() {
   local group=${GROUP:-} user=${USER:-$(id -un)} name
+  # qsub -v passes a ~ on as it stands.
+  for name in VENV CACHE_ROOT BUILD_CACHE HF_HOME CONFIG ARGS_FILE MODEL TRAIN_FILE OUTPUT_DIR JGLUE_DIR TEXT_FILE; do
+    [[ ${!name:-} != [~]/* ]] || export "$name=$HOME/${!name:2}"
+  done
   if [[ -z $group && $PWD/ =~ ^/groups/([^/]+)/ ]]; then group=${BASH_REMATCH[1]}; fi
   if [[ -z ${CACHE_ROOT:-} ]]; then
     if [[ -n $group ]]; then CACHE_ROOT=/groups/$group/$user/cache; else CACHE_ROOT=$HOME/.cache; fi
@@ -89,7 +93,13 @@ _env_caches() {
   export HF_XET_CACHE=${HF_XET_CACHE:-$HF_HOME/xet} TORCH_HOME=${TORCH_HOME:-$CACHE_ROOT/torch}
   export TORCH_EXTENSIONS_DIR=$BUILD_CACHE/torch_extensions TORCHINDUCTOR_CACHE_DIR=$BUILD_CACHE/inductor
   export TRITON_CACHE_DIR=$BUILD_CACHE/triton CUDA_CACHE_PATH=$BUILD_CACHE/cuda
-  for name in HF_HOME HF_XET_CACHE PIP_CACHE_DIR TORCH_HOME \
+  if [[ ${HF_HUB_OFFLINE:-} == 1 && -d $HF_HOME && ! -w $HF_HOME ]]; then # models of others, to be read only
+    export HF_DATASETS_CACHE=${HF_DATASETS_CACHE:-$CACHE_ROOT/datasets}
+    export HF_MODULES_CACHE=${HF_MODULES_CACHE:-$CACHE_ROOT/modules} HF_XET_CACHE=$CACHE_ROOT/xet
+  else
+    _env_writable HF_HOME "Set HF_HOME to a directory of yours, or unset it" || return
+  fi
+  for name in HF_XET_CACHE PIP_CACHE_DIR TORCH_HOME \
     TORCH_EXTENSIONS_DIR TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR CUDA_CACHE_PATH; do
     _env_writable "$name" "Set $name to a directory of yours, or unset it" || return
   done
@@ -107,11 +117,28 @@ _env_threads() {
   export MAX_JOBS=${MAX_JOBS:-$OMP_NUM_THREADS}                   # compilers at once when an extension is built
 }
 
+# _env_walltime: set text to the end of this job as PBS knows it, in seconds since 1970, or to nothing.
+_env_walltime() {
+  local try start seconds now=$1 s='[[:space:]]*'
+  for try in 1 2 3; do # a busy server may not answer at once
+    text=$(PATH=$PATH:/opt/pbs/bin timeout -k 5 20 qstat -f -F json "$PBS_JOBID" 2>/dev/null) && break
+    ((try == 3 || $? == 127)) || sleep "$((3 * try))"
+  done
+  # Not by a JSON parser: what users put into variables can spoil it. They come last; a line is an attribute.
+  text=${text%%\"Variable_List\"*} start="" seconds=0
+  [[ ! $text =~ $'\n'$s\"stime\":$s\"([^\"]+)\" ]] || start=$(date -d "${BASH_REMATCH[1]}" +%s 2>/dev/null) || true
+  [[ ! $text =~ $'\n'$s\"Resource_List\":[^}]*\"walltime\":$s\"([0-9]+):([0-9]+):([0-9]+)\" ]] ||
+    seconds=$((10#${BASH_REMATCH[1]} * 3600 + 10#${BASH_REMATCH[2]} * 60 + 10#${BASH_REMATCH[3]}))
+  text=""
+  # A time that cannot be (a wrong clock) would stop every job at its first step: none is better.
+  [[ -z $start ]] || ((start > now + 60 || now >= start + seconds)) || text=$((start + seconds))
+}
+
 # PBS kills a job at its walltime without a warning. So ask it once when that is: DEADLINE, in seconds since 1970.
 _env_deadline() {
-  local text start seconds now s='[[:space:]]*'
+  local text now
   now=$(date +%s)
-  # DEADLINE_OF: whose it is. Another job's comes along by qsub -V; one by qsub -v or by hand is nobody's, and stays.
+  # DEADLINE_OF: the job that PBS was asked about. Another job's DEADLINE comes along by qsub -V.
   [[ -z ${DEADLINE_OF:-} || $DEADLINE_OF == "${PBS_JOBID:-}" ]] || unset DEADLINE DEADLINE_OF
   if [[ ${DEADLINE:-} =~ ^([01]?[0-9]|2[0-3]):[0-5][0-9]$ ]]; then
     text=$DEADLINE
@@ -119,18 +146,23 @@ _env_deadline() {
     ((DEADLINE > now)) || DEADLINE=$(date -d "tomorrow $text" +%s)
   elif [[ ! ${DEADLINE:-} =~ ^([1-9][0-9]{8,10})?$ ]]; then
     _env_error "DEADLINE=$DEADLINE is no time. Set it to HH:MM or seconds since 1970 (date +%s), or unset it" || return
-  elif [[ -z ${DEADLINE:-} && -n ${PBS_JOBID:-} && -z ${DEADLINE_OF:-} ]]; then
-    text=$(PATH=$PATH:/opt/pbs/bin timeout -k 5 20 qstat -f -F json "$PBS_JOBID" 2>/dev/null) || true
-    # Not by a JSON parser: what users put into variables can spoil it. They come last; a line is an attribute.
-    text=${text%%\"Variable_List\"*} start="" seconds=0
-    [[ ! $text =~ $'\n'$s\"stime\":$s\"([^\"]+)\" ]] || start=$(date -d "${BASH_REMATCH[1]}" +%s 2>/dev/null) || true
-    [[ ! $text =~ $'\n'$s\"Resource_List\":[^}]*\"walltime\":$s\"([0-9]+):([0-9]+):([0-9]+)\" ]] ||
-      seconds=$((10#${BASH_REMATCH[1]} * 3600 + 10#${BASH_REMATCH[2]} * 60 + 10#${BASH_REMATCH[3]}))
-    # A time that cannot be (a wrong clock) would stop every job at its first step: none is better.
-    [[ -z $start ]] || ((start > now + 60 || now >= start + seconds)) || DEADLINE=$((start + seconds))
+  fi
+  if [[ -n ${PBS_JOBID:-} && -z ${DEADLINE_OF:-} ]]; then
+    _env_walltime "$now" # of the two, the earlier
+    [[ -z $text ]] || { [[ -n ${DEADLINE:-} ]] && ((DEADLINE < text)); } || DEADLINE=$text
     DEADLINE_OF=$PBS_JOBID
   fi
   export DEADLINE=${DEADLINE:-} DEADLINE_OF=${DEADLINE_OF:-}
+}
+
+# What stands in CONFIG is not to be given a second time, and lost.
+_env_config() {
+  local name
+  [[ -n ${CONFIG:-} && -z ${CONFIG_CHECKED:-} ]] || return 0
+  for name in MODEL TRAIN_FILE OUTPUT_DIR; do
+    [[ -z ${!name:-} ]] || _env_error "CONFIG=$CONFIG stands in place of $name=${!name}. Leave one of them out" || return
+  done
+  export CONFIG_CHECKED=yes # a sweep sets OUTPUT_DIR; what sources this file below this job is not asked again
 }
 
 # A sweep, qsub -J 1-N -v ARGS_FILE=sweep.txt: each job of the array has its line of the file and its OUTPUT_DIR.
@@ -139,6 +171,7 @@ _env_sweep() {
   [[ -n ${ARGS_FILE:-} ]] || return 0
   [[ ${PBS_ARRAY_INDEX:-} =~ ^[1-9][0-9]{0,5}$ ]] ||
     _env_error "ARGS_FILE needs the number of a line. Submit with -J 1-N, or by hand set PBS_ARRAY_INDEX=1" || return
+  [[ -r $ARGS_FILE ]] || _env_error "ARGS_FILE=$ARGS_FILE is no file, seen from $PWD" || return
   line=$(sed -n "$PBS_ARRAY_INDEX{s/\r\$//;p}" -- "$ARGS_FILE" 2>/dev/null) || true
   [[ $line == *[![:space:]]* ]] ||
     _env_error "there is no line $PBS_ARRAY_INDEX in ARGS_FILE=$ARGS_FILE, or nothing in it" || return
@@ -151,29 +184,35 @@ _env_sweep() {
 
 # _env_venv DIRECTORY-OF-THIS-FILE: activate the virtual environment; sets _env_python to its version.
 _env_venv() {
-  local make="bash $1/setup_venv.sh"
+  local make anew
+  printf -v make 'bash %q' "$1/setup_venv.sh"
+  printf -v anew 'rm -r %q && %s' "$VENV" "$make"
   [[ -f $VENV/bin/activate ]] || _env_error "no virtual environment at $VENV. Make it: $make (or set VENV)" || return
   _env_python=$("$VENV/bin/python" -c 'import platform; print(platform.python_version())' 2>&1) ||
     _env_error "the Python of $VENV does not start ($(tail -1 <<<"$_env_python")). Set PYTHON_MODULE to the one it" \
-      "was made with, or make it anew: rm -r $VENV && $make" || return
+      "was made with, or make it anew: $anew" || return
   # shellcheck disable=SC1091
   source "$VENV/bin/activate"
+  [[ ${VIRTUAL_ENV:-$VENV} -ef $VENV ]] ||
+    _env_error "$VENV was made as $VIRTUAL_ENV, and does not work elsewhere. Make it anew: $anew"
 }
 
 _env_main() {
   local here modules deadline="" _env_python=""
-  here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || return
+  here=$(CDPATH='' builtin cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || return
   # Each batch has another width: blocks that can grow leave fewer holes in a GPU's memory.
   [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-expandable_segments:True}
   umask 027 # PBS's is 077: your group could not read what a job writes
   PYTHON_MODULE=${PYTHON_MODULE-python/3.12/3.12.9}
   CUDA_MODULE=${CUDA_MODULE-cuda/13.0/13.0.1} # the torch wheel's, python -c "import torch; print(torch.version.cuda)"
   MPI_MODULE=${MPI_MODULE-}
-  VENV=${VENV:-${here%/*}/.venv}
   export PYTHONUNBUFFERED=1 # a line is in the log when it is printed
+  export PYTHONUTF8=1       # whatever LANG a profile sets
   # PBS sends SIGTERM to this shell too. With a trap it waits for what it runs, which saves, and returns its status.
   [[ ${PBS_ENVIRONMENT:-} != PBS_BATCH ]] || trap : TERM
-  _env_modules && _env_caches && _env_threads && _env_deadline && _env_sweep || return
+  _env_modules && _env_caches && _env_threads && _env_deadline && _env_config && _env_sweep || return
+  VENV=${VENV:-${here%/*}/.venv}
+  [[ $VENV == /* ]] || VENV=$PWD/$VENV
   [[ ${NEED_VENV:-yes} == no ]] || _env_venv "$here" || return
   modules="${PYTHON_MODULE:-none}${CUDA_MODULE:+ $CUDA_MODULE}${MPI_MODULE:+ $MPI_MODULE}"
   [[ -z $DEADLINE_OF ]] || deadline="unknown (no answer from qstat)"
@@ -182,4 +221,7 @@ _env_main() {
     "cache $CACHE_ROOT, build cache $BUILD_CACHE, $OMP_NUM_THREADS threads${deadline:+, deadline $deadline}"
 }
 
-_env_main
+_env_main || return
+# What this job is asked for by variables or words. What is not gets values that suit the small new model.
+# shellcheck disable=SC2034
+ASKED="${MODEL:+--model_name_or_path} ${TRAIN_FILE:+--train_file} ${CONFIG:+--model_name_or_path --train_file} ${ARGS:-} $*"

@@ -25,6 +25,7 @@ SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken")
 BIN_WEIGHTS = re.compile(r"(pytorch|adapter)_model(-\d+-of-\d+)?\.bin")
 SAFE_WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")
 GB = 1e9
+LOGIN = f"{Path(sys.executable).with_name('hf')} auth login"
 
 
 def fail(message: str) -> None:
@@ -39,16 +40,13 @@ def explain(error: Exception, model: str) -> None:
 
     reason = " ".join(str(error).split())[:200]
     if isinstance(error, errors.GatedRepoError):  # before its parent, RepositoryNotFoundError
-        fail(
-            f"{model} is gated. Accept its conditions on its page at the hub, then type: "
-            "hf auth login"
-        )
+        fail(f"{model} is gated. Accept its conditions on its page at the hub, then type: {LOGIN}")
     if isinstance(error, errors.RevisionNotFoundError):
         fail(f"{model} has no such revision ({reason}). Look at the names on its page at the hub")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         fail(
             f"{model} is no directory here and no model at the hub, or private. "
-            "Look at the name; or hf auth login"
+            f"Look at the name; or type: {LOGIN}"
         )
     if isinstance(error, errors.LocalEntryNotFoundError | OSError | errors.HfHubHTTPError):
         if getattr(error, "errno", None) in (28, 122):  # ENOSPC, EDQUOT
@@ -56,6 +54,8 @@ def explain(error: Exception, model: str) -> None:
                 f"the disk is full ({error}). Make room (on ABCI: show_quota) and type "
                 "the same again"
             )
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) in (30, 37, 38):
+            fail(f"{error}. Set CACHE_ROOT or HF_HOME to a directory of yours where files lock")
         fail(
             f"the hub does not answer ({type(error).__name__}: {reason}). Use "
             "a machine with a network and try again"
@@ -209,7 +209,19 @@ def convert_local(directory: Path) -> str:
         shards = [name for name in chosen if BIN_WEIGHTS.fullmatch(name)]
         check_space(sum((directory / name).stat().st_size for name in shards), directory)
         convert_directory(directory, shards, delete=False)
-    return str(directory)
+    return str(directory.resolve())
+
+
+def places() -> str:
+    """CACHE_ROOT and HF_HOME for a job, where it would not find them by itself as env.sh does."""
+    here, user = Path(__file__).resolve().parts, os.environ.get("USER", "")
+    group = Path("/groups", here[2], user) if here[1] == "groups" else None
+    home = (group / "cache" if group else Path.home() / ".cache").resolve()
+    root = Path(os.environ.get("CACHE_ROOT") or home).resolve()
+    hub = Path(os.environ.get("HF_HOME") or root / "huggingface").resolve()
+    found = {"CACHE_ROOT": root} if root != home else {}
+    found |= {"HF_HOME": hub} if hub != root / "huggingface" else {}
+    return "".join(f",{name}={path}" for name, path in found.items())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -229,8 +241,9 @@ def main(argv: list[str] | None = None) -> None:
             place = fetch(args.model, args.revision)
         except Exception as error:  # explain() raises again what it does not know
             explain(error, args.model)
-    print(f"ready     use it without a network: MODEL={place} HF_HUB_OFFLINE=1 bash job.sh")
-    job = f"qsub -P GROUP -v MODEL={place},HF_HUB_OFFLINE=1 job.sh"
+    settings = f"MODEL={place},HF_HUB_OFFLINE=1{places()}"
+    print(f"ready     use it without a network: {settings.replace(',', ' ')} bash job.sh")
+    job = f"qsub -P GROUP -v {settings} job.sh"
     print(f"          or in a job:              {job}")
 
 

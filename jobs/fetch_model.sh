@@ -3,7 +3,7 @@
 #   bash jobs/fetch_model.sh rinna/japanese-gpt-neox-3.6b
 #   bash jobs/fetch_model.sh MODEL --revision NAME
 # It ends with the MODEL=... to give to a job. For a gated model accept its conditions at the hub, then "hf auth login".
-here=$(cd "$(dirname "$0")" && pwd) || exit 2
+here=$(CDPATH='' cd "$(dirname "$0")" && pwd) || exit 2
 # shellcheck source=env.sh
 source "$here/env.sh" || exit
 exec python "$here/fetch_model.py" "$@"

@@ -4,6 +4,7 @@ A run is its run_args.yaml: an id, the arguments, the data. It goes on from its 
 checkpoint if nothing has changed that would change a weight; else it is refused.
 """
 
+import ast
 import hashlib
 import os
 import subprocess
@@ -66,6 +67,8 @@ def _find_run(script, training, given, source):
     elif is_finished or complete:
         if wanted.lower() == "false":
             changed.append("a new start")
+        if not is_finished:
+            advice += f" To go on all the same: --resume_from_checkpoint {complete[-1]}"
         check(not changed, f"it holds another run ({'; '.join(changed)}). {advice}")
         if is_finished:
             say("finished", f"{output_dir} holds this run's result")
@@ -140,8 +143,32 @@ def describe(script, source):
         with Path(file).open("rb") as stream:
             digest, size = hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
         name = Path(file).name if use == "script" else file  # a copy elsewhere is the same
-        described.append({"use": use, "file": name, "bytes": size, "sha256": digest})
+        entry = {"use": use, "file": str(name), "bytes": size, "sha256": digest}
+        if use == "script":  # but for comments and blank lines
+            code = ast.dump(ast.parse(Path(file).read_text("utf-8")))
+            entry["code"] = hashlib.sha256(code.encode()).hexdigest()
+        described.append(entry)
     return described
+
+
+def is_same(was, now):
+    """Whether two lists of described files agree, wherever these lie."""
+    return len(was) == len(now) and all(map(is_same_file, was, now))
+
+
+def is_same_file(was, now):
+    is_code = "code" in was and was["code"] == now.get("code")
+    return was.get("use") == now.get("use") and (was["sha256"] == now["sha256"] or is_code)
+
+
+def is_same_place(was, now):
+    """Whether two arguments say the same; of files, whose content is compared, under any name."""
+    if was is None or now is None or isinstance(now, int | float):
+        return was == now
+    lists = [value if isinstance(value, list) else [value] for value in (was, now)]
+    if was == now or all(Path(str(file)).is_file() for file in lists[1]):
+        return len(lists[0]) == len(lists[1])
+    return Path(str(now)).exists() and Path(str(was)).resolve() == Path(str(now)).resolve()
 
 
 def what_changed(directory, training, given, data):
@@ -153,10 +180,11 @@ def what_changed(directory, training, given, data):
     free = FREE if needs else FREE + FREE_WITHOUT_BEST
     names = sorted(name for name in {*before, *given} if not name.startswith(free))
     pairs = [(name, before.get(name), given.get(name)) for name in names]
-    changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
+    pairs = [pair for pair in pairs if not is_same_place(*pair[1:])]
+    changed = [f"--{name} {was}, now {now}" for name, was, now in pairs]
     was = run.get("data", data)
     was, now = ([f for f in d if not f.get("use", "").startswith(free)] for d in (was, data))
-    if was != now:
+    if not is_same(was, now):
         changed.append("other data, chat template or another script")
     if "deepspeed" in run and run["deepspeed"] != deepspeed_file(given):
         changed.append("an edited DeepSpeed file")

@@ -30,7 +30,7 @@ LAUNCH=(python ../jobs/run_ranks.py mpirun -np "$NODES" -map-by "${MAP_BY:-ppr:1
 [[ -z $HOSTFILE ]] || LAUNCH+=(-hostfile "$HOSTFILE")
 # mpirun passes on what is named here and nothing else; the rest, each node's env.sh finds out anew.
 for name in NODES MASTER_ADDR MASTER_PORT NPROC_PER_NODE START_TIMEOUT COLLECTIVE_TIMEOUT \
-  PBS_JOBID DEADLINE DEADLINE_OF \
+  PBS_JOBID PBS_ENVIRONMENT DEADLINE DEADLINE_OF \
   PYTHON_MODULE VENV GROUP CACHE_ROOT HF_HOME HF_TOKEN HF_TOKEN_PATH HF_HUB_OFFLINE WANDB_API_KEY \
   BUILD_CACHE OMP_NUM_THREADS PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF \
   "${!CUDA_@}" "${!HF_DATASETS_@}" "${!NCCL_@}" "${!GLOO_@}" "${!TORCH_NCCL_@}"; do

@@ -19,17 +19,47 @@ from run_common import check, say
 
 
 def check_lock(path):
-    """Refuse an output_dir in which another run lives: that touches the file `lock` there."""
-    if path.exists():
-        text = path.read_text("utf-8", errors="replace")  # empty after a crash
-        host, pid = [*text.split(), "?", "?"][:2]
-        is_lock, advice = not text or pid.isdecimal(), "move it, or choose another --output_dir."
-        check(is_lock, f"{path} is no run's lock: {advice}")
-        age, is_here = time.time() - path.stat().st_mtime, host == os.uname().nodename
-        is_gone = is_here and (pid == str(os.getpid()) or not Path("/proc", pid).exists())
-        wait = f"Take another, or wait {120 - age:.0f} s, if it was killed."
-        check(is_gone or age > 120, f"process {pid} on {host} is writing {path.parent}. {wait}")
-        path.unlink()
+    """Refuse an output_dir in which another run lives: that touches the file `lock` there.
+
+    Killed, a run leaves its lock behind. That is free at once where its process is known to be
+    gone, else when nobody has touched it for 2 minutes and PBS does not know its job any more. A
+    job of the queue waits for that; by hand one is told.
+    """
+    waits, first = os.environ.get("PBS_ENVIRONMENT") == "PBS_BATCH", None
+    with suppress(FileNotFoundError):  # which ends the waiting
+        while path.exists():
+            text, touched = path.read_text("utf-8", errors="replace"), path.stat().st_mtime
+            words = text.split()  # none after a crash
+            host, pid, job = [*words, "?"][:3] if len(words) > 1 else "???"
+            is_lock, advice = (
+                not text or pid.isdecimal(),
+                "move it, or choose another --output_dir.",
+            )
+            check(is_lock, f"{path} is no run's lock: {advice}")
+            is_here, age = host == os.uname().nodename, time.time() - touched
+            is_gone = is_here and (pid == str(os.getpid()) or not Path("/proc", pid).exists())
+            runs = age > 120 and not is_gone and is_running(job)
+            if is_gone or (age > 120 and not runs):
+                path.unlink()
+                return
+            wait = "" if runs else f" Or wait {120 - age:.0f} s, if it was killed."
+            text = f"process {pid} on {host} is writing {path.parent}. Choose another --output_dir."
+            check(waits and not runs and touched == (first or touched), text + wait)
+            if first is None:
+                say("waiting", f"up to 2 minutes: {path} may be of a run that was killed")
+            first = touched
+            time.sleep(5)
+
+
+def is_running(job):
+    """Whether PBS knows a job, another than this, as queued or running."""
+    if job in ("?", os.environ.get("PBS_JOBID")):
+        return False
+    with suppress(OSError, subprocess.SubprocessError):
+        env = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:/opt/pbs/bin"}
+        done = subprocess.run(["qstat", job], env=env, capture_output=True, timeout=20)
+        return done.returncode == 0
+    return False
 
 
 def take_lock(path):

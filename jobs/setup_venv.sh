@@ -3,7 +3,8 @@
 #   bash jobs/setup_venv.sh
 # Run it on a login node (or anywhere with a network). Run again, it installs only what is missing and checks the rest.
 # Variables: VENV (where), PYTHON (which Python makes it), and those of env.sh.
-cd "$(dirname "$0")" || exit 2
+[[ -z ${VENV:-} || $VENV == [/~]* ]] || VENV=$PWD/$VENV
+CDPATH='' cd -- "$(dirname -- "$0")" || exit 2
 NEED_VENV=no source ./env.sh || exit
 
 fail() {
@@ -24,8 +25,11 @@ if [[ ! -x $VENV/bin/python ]]; then
     fail "cannot make $VENV ($(tail -1 <<<"$output")). On Debian and Ubuntu: apt install python3-venv; else: df -h"
   }
 fi
-"$VENV/bin/python" -c '' 2>/dev/null ||
-  fail "the Python of $VENV does not start. Make it anew: rm -r $VENV, bash $PWD/setup_venv.sh"
+printf -v anew 'Make it anew: rm -r %q && bash %q' "$VENV" "$PWD/setup_venv.sh"
+"$VENV/bin/python" -c '' 2>/dev/null || fail "the Python of $VENV does not start. $anew"
+# shellcheck disable=SC1091
+place=$(source "$VENV/bin/activate" && echo "${VIRTUAL_ENV:-$VENV}")
+[[ $place -ef $VENV ]] || fail "$VENV was made as $place, and does not work elsewhere. $anew"
 
 # --pins only looks at the installed versions, so that a second run is quick.
 if ! "$VENV/bin/python" check_venv.py --pins >/dev/null; then

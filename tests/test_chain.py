@@ -148,15 +148,25 @@ def test_no_deadline_is_no_obstacle(asked, machine):  # noqa: F811
 
 
 def test_deadline_that_is_given(asked):
-    """By qsub -v or by hand it is kept, without a question; one that another job found is not."""
+    """By qsub -v or by hand it is kept, but for a walltime before it; one that another job found is not."""
     now = int(time.time())
     asked.answer(JOB % ("00:10:00", pbs_time(now), FAKE))
     given = str(now + 99)
-    assert variables(asked(DEADLINE=given))["DEADLINE"] == given
     assert variables(asked(DEADLINE=given, DEADLINE_OF="12.hnode001"))["DEADLINE"] == given
     assert not asked.log.exists()
+    assert variables(asked(DEADLINE=given))["DEADLINE"] == given
+    late = variables(asked(DEADLINE=str(now + 9999)))  # PBS would kill before
+    assert (late["DEADLINE"], late["DEADLINE_OF"]) == (str(now + 600), "12.hnode001")
+    asked.qstat = "exit 1"
+    assert variables(asked(DEADLINE=given))["DEADLINE"] == given
+    # A server that is busy, once.
+    once = asked.log.with_name("once")
+    asked.answer(JOB % ("00:10:00", pbs_time(now), FAKE))
+    asked.qstat = f"[[ -e '{once}' ]] || {{ touch '{once}'; exit 1; }}\n{asked.qstat}"
+    assert variables(asked())["DEADLINE"] == str(now + 600)
     found = variables(asked(DEADLINE=given, DEADLINE_OF="11.hnode001"))
     assert (found["DEADLINE"], found["DEADLINE_OF"]) == (str(now + 600), "12.hnode001")
+    asked.answer(JOB % ("120:00:00", pbs_time(now), FAKE))
     for minutes in (-2, 2):  # today if it is still to come, else tomorrow
         moment = datetime.now(timezone(timedelta(hours=9))) + timedelta(minutes=minutes)
         found = int(variables(asked(DEADLINE=f"{moment:%H:%M}"))["DEADLINE"])
@@ -425,6 +435,8 @@ def test_no_variable_is_executed(machine, job):  # noqa: F811
         values = dict.fromkeys(names - {"CONFIG"}, NASTY) | kept
         if not more.get("GPUS_SEEN"):
             values.pop("DEEPSPEED", None)  # which needs a GPU
+        for name in ("MODEL", "TRAIN_FILE", "OUTPUT_DIR") if "CONFIG" in more else ():
+            values.pop(name)  # which it stands in place of
         done = run(**values, **more)
         assert done.returncode == 0, done.stdout
         wanted = (

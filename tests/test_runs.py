@@ -194,7 +194,7 @@ def test_an_edited_copy_reads_anew(checkpoints, tmp_path, capsys):
     assert examples[0] == examples[1] and "問い：質問" not in examples[0]
     assert "問い：質問" in examples[2]
     # nor does an edited script take a finished run of another for its own, or go on from it
-    (tmp_path / "mine.py").write_text(edited + "\n", encoding="utf-8")
+    (tmp_path / "mine.py").write_text(edited + "\nNEW = 1\n", encoding="utf-8")
     template = tmp_path / "mine.jinja"
     turns = [{"instruction": row["prompt"], "output": row["completion"]} for row in ROWS]
     chats, more = write_jsonl(tmp_path / "c.jsonl", turns), ["--chat_template", template]
@@ -204,11 +204,20 @@ def test_an_edited_copy_reads_anew(checkpoints, tmp_path, capsys):
     message = refused(mine, capsys, checkpoints["gpt2"], chats, tmp_path / "o3", *more)
     assert "other data, chat template" in message
     out = tmp_path / "o2"
-    assert "another script" in refused(mine, capsys, checkpoints["gpt2"], data, out)
+    message = refused(mine, capsys, checkpoints["gpt2"], data, out)
+    assert "another script" in message and "--resume_from_checkpoint" not in message
+    # Comments are no code, and the same data may be named otherwise.
+    (tmp_path / "mine.py").write_text(f"{edited}\n# a note\n", encoding="utf-8")
+    elsewhere = Path(os.path.relpath(data))
+    with pytest.raises(SystemExit) as stop:
+        start(mine, checkpoints["gpt2"], elsewhere, out)
+    assert stop.value.code == 0 and "finished" in capsys.readouterr().out
+    (tmp_path / "mine.py").write_text(edited + "\nNEW = 1\n", encoding="utf-8")
     (out / "all_results.json").unlink()
     (out / "checkpoint-1").mkdir(exist_ok=True)
     shutil.copy(out / "trainer_state.json", out / "checkpoint-1")
-    assert "another script" in refused(mine, capsys, checkpoints["gpt2"], data, out)
+    message = refused(mine, capsys, checkpoints["gpt2"], data, out)
+    assert f"on all the same: --resume_from_checkpoint {out / 'checkpoint-'}" in message
 
 
 def test_each_epoch_has_its_own_order(script, checkpoints, tmp_path):
