@@ -310,7 +310,7 @@ echo "$((11 + n))[].pbs1"
 """
 
 
-def run_chain(machine, *arguments, **more):  # noqa: F811
+def run_chain(machine, *arguments, where=".", **more):  # noqa: F811
     """(what chain.sh did, the calls of qsub as lists) from another directory."""
     record = machine / "qsub calls"
     for file in (record, Path(f"{record}.n")):
@@ -318,7 +318,8 @@ def run_chain(machine, *arguments, **more):  # noqa: F811
     env = environment(machine, CALLS=str(record), **more)
     env["PATH"] = f"{machine / 'pbs'}:{SYSTEM_PATH}"
     command = ["bash", str(machine / "my work/jobs/chain.sh"), *arguments]
-    done = subprocess.run(command, cwd=machine / "my work", env=env, capture_output=True, text=True)
+    here = machine / "my work" / where
+    done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True)
     text = record.read_text() if record.exists() else ""
     return done, [call.split("\n") for call in text.split("\n\n")[:-1]]
 
@@ -339,6 +340,9 @@ def test_chain(machine):  # noqa: F811
     done, made = run_chain(machine, "1", "finetune_full/job.sh")
     assert (done.returncode, len(made)) == (0, 1)
     assert not list(machine.rglob("x"))
+    container = ["1", "../jobs/container.sh", "-v", "IMAGE=a"]  # runs the job.sh of where one is
+    done, made = run_chain(machine, *container, where="finetune_full")
+    assert made == [[lesson, "-v", "IMAGE=a", "../jobs/container.sh"]], done.stderr
 
     queued = " Those before are in the queue; remove them: qdel 13[].pbs1 12[].pbs1"
     for number, then in (("3", queued), ("1", " ")):

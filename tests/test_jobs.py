@@ -992,6 +992,8 @@ def test_fetch_model(hub, tmp_path, capsys, monkeypatch):
             fetch.main([name])
         output = capsys.readouterr().out
         assert "MODEL=o/safe HF_HUB_OFFLINE=1" in output
+        caches = os.environ["CACHE_ROOT"]  # a job by itself would look elsewhere
+        assert f"-v MODEL=o/safe,HF_HUB_OFFLINE=1,CACHE_ROOT={caches}" in output
         converted = tmp_path / "cache/models/o--shards"
         assert f"MODEL={converted} " in output
     assert "convert" not in output
@@ -1041,12 +1043,13 @@ def test_fetch_model_errors(hub, tmp_path, capsys, monkeypatch):
     assert "not reachable" in fetch_error(fetch, capsys, "o/other")
 
 
-def test_convert_a_local_directory(tmp_path, capsys):
+def test_convert_a_local_directory(tmp_path, capsys, monkeypatch):
     """A directory in place of a name: converted where it lies, its .bin files kept."""
     fetch = load_script("jobs/fetch_model.py")
     _, shards, _ = make_repositories(tmp_path)
     before = {file.name: file.read_bytes() for file in shards.iterdir()}
-    fetch.main([str(shards)])
+    monkeypatch.chdir(tmp_path)  # a name that a job would take for the hub's
+    fetch.main([shards.name])
     assert f"MODEL={shards} " in capsys.readouterr().out
     after = {file.name: file.read_bytes() for file in shards.iterdir()}
     assert before.items() <= after.items()
