@@ -1,13 +1,15 @@
 """Ask a model JGLUE's questions: prompts, answers, scores with 95 % intervals, and a page of them.
 
 evaluate_jglue.py imports this file where a model is given. What it asks with are make_prompts.py,
-../generate_text/generate_text.py and score_choices.py, each in a process of its own.
+../generate_text/generate_text.py and score_choices.py, each in a process of its own. Beside the
+answers, NAME_versions.json says which versions of the packages made them.
 """
 
 import json
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from evaluate_jglue import (
     TASKS,
     check_row,
     correlation,
+    describe_data,
     fail,
     jsquad_values,
     jsts_values,
@@ -30,6 +33,22 @@ the choice's characters; acc_per_token: by its tokens."""
 
 
 # ---- Asking ----
+
+
+def complete(args):
+    """Refuse what does nothing together; put in the defaults."""
+    if args.output_file:
+        fail("--output_file belongs to a --prediction_file. With a model, give --output_dir.")
+    args.apply_chat_template = args.apply_chat_template == "true"
+    for name in ("chat_template", "chat_template_kwargs"):
+        if getattr(args, name) is not None and not args.apply_chat_template:
+            fail(f"--{name} does nothing without --apply_chat_template. Add that.")
+    for name, value in {"num_fewshot": 0, "seed": 42, "max_new_tokens": 32}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.data_dir = args.data_dir or Path("output")
+    name = [part for part in Path(args.model_name_or_path).parts if part.strip("./")][-3:]
+    args.output_dir = args.output_dir or args.data_dir / "scores" / "_".join(name)
 
 
 def run(script, *words):
@@ -59,13 +78,41 @@ def ask_model(args, stem):
     model = ["--model_name_or_path", args.model_name_or_path, "--prompt_file", files[0]]
     for name in PASSED:
         model += [f"--{name}", getattr(args, name)] if getattr(args, name) is not None else []
-    more = ["--output_file", files[1], "--max_new_tokens", args.max_new_tokens]
-    run(here.parent / "generate_text" / "generate_text.py", *model, *more)
+    script = here.parent / "generate_text" / "generate_text.py"
+    answer(stem, files[1], script, *model, "--max_new_tokens", args.max_new_tokens)
     rows, scored = read_lines(files[1]), []
     if any("answer_choices" in row for row in rows):
-        run(here / "score_choices.py", *model, "--output_file", files[2])
+        answer(stem, files[2], here / "score_choices.py", *model)
         scored = read_lines(files[2])
     return rows, scored
+
+
+def answer(stem, output, script, *words):
+    """Run a script that makes answers; keep with which versions of the packages it made them."""
+    record, files = Path(f"{stem}_versions.json"), (output, Path(f"{output}.partial"))
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    versions["python"] = sys.version.split()[0]
+
+    def sizes():
+        return [file.stat().st_size if file.exists() else 0 for file in files]
+
+    known, before = read_versions(stem), sizes()
+    old = known.get(output.name, [dict.fromkeys(versions, "not recorded")]) if any(before) else []
+    # Written before the first answer is: this process may be killed.
+    now = [*old, versions] if versions not in old and not before[0] else old
+    write(record, json.dumps(known | {output.name: now}, indent=1) + "\n")
+    try:
+        run(script, *words, "--output_file", output)
+    finally:
+        if sizes() == before:  # no answer came
+            write(record, json.dumps(known | {output.name: old}, indent=1) + "\n")
+
+
+def read_versions(stem):
+    """Return {file of answers: the versions of each start that made some of them}."""
+    with suppress(OSError, ValueError):
+        return json.loads(Path(f"{stem}_versions.json").read_text("utf-8"))
+    return {}
 
 
 def read_lines(path):
@@ -82,14 +129,18 @@ def describe(args, stem):
     names = "num_fewshot seed limit max_new_tokens apply_chat_template".split()
     facts = {name: getattr(args, name) for name in names}
     options = {name: getattr(args, name) for name in PASSED if getattr(args, name) is not None}
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-    versions["python"] = sys.version.split()[0]
+    found = {}  # of each package the versions, in the order in which they came
+    for one in (one for starts in read_versions(stem).values() for one in starts):
+        for name, version in one.items():
+            found.setdefault(name, {})[version] = True
+    versions = {name: " and ".join(each) for name, each in found.items()}
     facts |= {"precision": settings.get("precision"), "options": options, "versions": versions}
     return {"model": args.model_name_or_path, "adapter_on": base, **facts}
 
 
 def evaluate_model(args):
     """Ask the model, score its answers, and write a JSON and a Markdown file."""
+    complete(args)
     stem = args.output_dir / f"{args.task}_{args.num_fewshot}shot"
     stem = f"{stem}_chat" if args.apply_chat_template else stem
     stem = f"{stem}_limit{args.limit}" if args.limit else stem
@@ -100,7 +151,9 @@ def evaluate_model(args):
         for number, row in enumerate(own, 1):
             check_row(row, task, f"{stem}_answers.jsonl, question {number} of {task}")
         scores = SCORERS[task](own)
-        entry = {"rows": len(own), "examples": own[0]["examples"], **scores}
+        file = args.data_dir / f"{task}_validation.jsonl"
+        entry = {"rows": len(own), "data": describe_data(file, read_lines(file))}
+        entry |= {"examples": own[0]["examples"], **scores}
         limits = intervals(task, own, scores)
         if with_choices := [row for row in scored if row["task"] == task]:
             likeliest = score_choices(with_choices)
@@ -109,11 +162,8 @@ def evaluate_model(args):
             limits |= {name: wilson(likeliest[name], len(own)) for name in names}
         result["tasks"][task] = entry | {"intervals": limits}
     page = make_page(result)
-    try:
-        write(Path(f"{stem}.json"), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        write(Path(f"{stem}.md"), page)
-    except OSError as error:
-        fail(f"{error.filename} cannot be written ({error.strerror}). Name another --output_dir.")
+    write(Path(f"{stem}.json"), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write(Path(f"{stem}.md"), page)
     print(f"{page}\nwritten         {stem}.json and {stem}.md")
 
 
@@ -124,7 +174,10 @@ def make_page(result):
     facts += f"new tokens, {result['precision']}, seed {result['seed']}"
     facts += f", --limit {result['limit']}" if result["limit"] else ""
     names = "Task|Score|Value|95 % interval|Commonest label|Questions|Unreadable".split("|")
-    lines = [f"# JGLUE: {result['model']}", "", f"{facts}.", "", row_of(names), "|---" * 7 + "|"]
+    data = [entry["data"] for entry in result["tasks"].values()]
+    data = [f"{d['file']} ({d['rows']:,} rows, sha256 {d['questions_sha256'][:12]})" for d in data]
+    lines = [f"# JGLUE: {result['model']}", "", f"{facts}.", "", f"Data: {', '.join(data)}.", ""]
+    lines += [row_of(names), "|---" * 7 + "|"]
     for task, entry in result["tasks"].items():
         for name, limits in entry["intervals"].items():
             span = " to ".join(map(number, limits)) if limits else "undefined"
@@ -150,8 +203,11 @@ def number(value):
 def write(path, text):
     """Write a file under another name first, so that a killed run leaves no half of it."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        fail(f"{error.filename} cannot be written ({error.strerror}). Name another --output_dir.")
 
 
 # ---- The likeliest choice, and intervals ----

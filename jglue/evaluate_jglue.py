@@ -3,18 +3,17 @@
 
 JSQuAD: exact match and character F1 as JGLUE defines them. JCommonsenseQA, JNLI: accuracy. JSTS:
 Pearson and Spearman correlation. Of each generated text only the first line is read (the prompts
-ask for one), and what cannot be read as an answer is counted and is wrong; in JSTS it stands for
-2.5, the middle of the scale. JCommonsenseQA and JNLI are also scored without reading: the answer
-is then the choice that the model finds likeliest (score_choices.py).
+ask for one), behind a thought if it begins with one; what cannot be read as an answer is counted
+and is wrong; in JSTS it stands for 2.5, the middle of the scale. JCommonsenseQA and JNLI are also
+scored without reading: the answer is then the likeliest choice (score_choices.py).
 
     python evaluate_jglue.py --task all --model_name_or_path MODEL            (--num_fewshot 4)
     python evaluate_jglue.py --task jsquad --prediction_file output/jsquad_generated.jsonl
     qsub -P GROUP -v TASK=all job.sh                           (preparation, and the first of these)
 
 With a model (ask_model.py): reads what prepare_jglue.py wrote, runs make_prompts.py,
-generate_text.py and score_choices.py, and writes prompts, answers and scores with 95 % intervals
-(JSON, Markdown) to --output_dir. Interrupted, the same command goes on where it stopped (status 75:
-not finished). Costs what generating costs: --limit 50 for a quick look.
+generate_text.py and score_choices.py, and writes prompts, answers and scores with 95 % intervals to
+--output_dir. Interrupted (status 75), the same command goes on. --limit 50 for a quick look.
 
 JGLUE's definition for JSQuAD (https://github.com/yahoojapan/JGLUE, fine-tuning/patch): compare in
 lower case, without 。 at the end, runs of white space as one space; F1 over the characters; the
@@ -22,6 +21,7 @@ best of the annotators' answers counts.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -35,6 +35,9 @@ import numpy as np
 TASKS = ("jsquad", "jcommonsenseqa", "jnli", "jsts")
 JNLI_NAMES = {"含意": "entailment", "矛盾": "contradiction", "中立": "neutral"}
 MIDDLE = 2.5  # what an unreadable JSTS answer counts as
+# A thought and its end; where the prompt began it already, the text has its end only.
+OPEN, CLOSE = r"<think>|<\|channel>thought", r"</think>|<channel\|>"
+THOUGHT = rf"\A((\s*({OPEN}).*?({CLOSE}))+|((?!{OPEN}).)*?({CLOSE}))"
 # Options of generate_text.py and score_choices.py that go to them as they are.
 PASSED = ("batch_size", "precision", "device_map", "load_in_8bit", "load_in_4bit")
 PASSED += ("allow_partly_quantized", "trust_remote_code", "chat_template", "chat_template_kwargs")
@@ -65,47 +68,35 @@ def parse_args(argv=None):
         is_switch = name.startswith(("load_in", "trust", "allow"))
         add(f"--{name}", **(switch if is_switch else {}), help="as in generate_text.py")
     args = parser.parse_args(argv)
-    check_arguments(args)
-    return args
-
-
-def check_arguments(args):
-    """Refuse what does nothing together; then put in the defaults."""
     given = {name for name, value in vars(args).items() if value is not None}
-    if args.prediction_file:
-        if unused := sorted(given - {"task", "prediction_file", "output_file"}):
-            fail(f"--{unused[0]} does nothing with a --prediction_file. Leave it out.")
-        if args.task == "all":
-            fail("a --prediction_file is of one task. Name that one instead of all.")
-        return
-    if args.output_file:
-        fail("--output_file belongs to a --prediction_file. With a model, give --output_dir.")
-    args.apply_chat_template = args.apply_chat_template == "true"
-    unused = sorted(given & {"chat_template", "chat_template_kwargs"})
-    if unused and not args.apply_chat_template:
-        fail(f"--{unused[0]} does nothing without --apply_chat_template. Add that.")
-    for name, value in {"num_fewshot": 0, "seed": 42, "max_new_tokens": 32}.items():
-        setattr(args, name, getattr(args, name) if name in given else value)
-    args.data_dir = args.data_dir or Path("output")
-    name = [part for part in Path(args.model_name_or_path).parts if part.strip("./")][-3:]
-    args.output_dir = args.output_dir or args.data_dir / "scores" / "_".join(name)
+    unused = sorted(given - {"task", "prediction_file", "output_file"})
+    if args.prediction_file and unused:
+        fail(f"--{unused[0]} does nothing with a --prediction_file. Leave it out.")
+    if args.prediction_file and args.task == "all":
+        fail("a --prediction_file is of one task. Name that one instead of all.")
+    return args
 
 
 # ---- From a generated text to an answer, or None ----
 
 
 def first_line(text):
-    """Return the first line with something in it."""
+    """Return the first line with something in it, behind a thought; of an open one, nothing."""
+    text = re.sub(THOUGHT, "", text, flags=re.DOTALL)
+    if re.match(rf"\s*({OPEN}|thought\n)", text):  # Gemma 4's marks are left out in generation
+        return ""
     return next((line for line in text.split("\n") if line.strip()), "")
 
 
 def read_choice(text, choices):
-    """Return the index of the choice named by its number (2, 2：…, 2番) or its words, or None."""
+    """Return the index of the choice named by its number (2, 2., 2：…, 2番) or words, or None."""
     line = first_line(text).strip()
-    if match := re.match(r"([0-4])(?![\d.])", unicodedata.normalize("NFKC", line)):
-        return int(match.group(1))
-    line = line.rstrip("。")
-    return choices.index(line) if choices.count(line) == 1 else None
+    number = re.match(r"([0-4])(?!\d|\.\d|[A-Za-z])(.*)", unicodedata.normalize("NFKC", line))
+    words = line.rstrip("。")
+    # A choice may begin with a digit itself (3Dプリンター); a mere digit is its number.
+    if choices.count(words) == 1 and not (number and number[2] in ("", ".", "。")):
+        return choices.index(words)
+    return int(number[1]) if number else None
 
 
 def read_relation(text):
@@ -149,9 +140,8 @@ def jsquad_values(rows):
 
 
 def score_jsquad(rows):
-    empty, exact, best = jsquad_values(rows)
-    count, unreadable = len(rows), sum(empty)
-    return {"unreadable": unreadable, "exact_match": sum(exact) / count, "f1": sum(best) / count}
+    empty, exact, best = map(sum, jsquad_values(rows))
+    return {"unreadable": empty, "exact_match": exact / len(rows), "f1": best / len(rows)}
 
 
 def score_labels(rows, answers):
@@ -198,8 +188,8 @@ def ranks(values):
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
-SCORERS = {"jsquad": score_jsquad, "jcommonsenseqa": score_jcommonsenseqa}
-SCORERS |= {"jnli": score_jnli, "jsts": score_jsts}
+SCORERS = (score_jsquad, score_jcommonsenseqa, score_jnli, score_jsts)
+SCORERS = dict(zip(TASKS, SCORERS, strict=True))
 
 
 # ---- Reading and checking the file ----
@@ -255,6 +245,15 @@ def read_predictions(path, task):
     return rows
 
 
+def describe_data(path, rows):
+    """Return which questions these are, by the sha256 of the file that prepare_jglue.py wrote."""
+    made = ("generated_text", "base_generated_text")
+    rows = [{name: row[name] for name in row if name not in made} for row in rows]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+    return {"file": str(path), "rows": len(rows), "questions_sha256": digest}
+
+
 def print_table(scores):
     """Print names above values, one column each."""
     cells = []
@@ -277,6 +276,7 @@ def score_file(args):
         print(f"{count} texts could not be read as an answer; they count as {value}")
     if None in scores.values():
         print("a correlation is undefined: the answers (or the labels) are all the same number")
+    scores["data"] = describe_data(args.prediction_file, rows)
     if args.output_file:
         try:
             args.output_file.parent.mkdir(parents=True, exist_ok=True)

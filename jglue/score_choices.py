@@ -5,7 +5,8 @@ Each row of the file has a `prompt` (or `messages`) and `answer_choices`, a list
 without are left out. Written is the same row with, for each choice, `choice_logprobs`, the sum of
 the log-probabilities of its tokens behind the prompt (no token for the end of an answer counts),
 and `choice_tokens`, their number. The prompt has the ids that it has in training and in generation,
-and a choice those of an answer: both are tokenized apart, BOS comes once. evaluate_jglue.py writes
+and a choice those of an answer: both are tokenized apart, BOS comes once. What a chat template
+writes before each answer (an empty thought, say) belongs to the prompt. evaluate_jglue.py writes
 such files, runs this and turns the numbers into scores.
 
     python score_choices.py --model_name_or_path MODEL --prompt_file FILE --output_file OUT
@@ -23,6 +24,7 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path += [
@@ -77,15 +79,16 @@ def parse(argv):
 
 
 def encode_choice(row, choice, tokenizer):
-    """The ids of an answer behind its prompt, as in training, without what ends an answer."""
+    """The ids of an answer as in training, but its end; those of what the template puts first."""
+    encode, lead = partial(tokenizer, add_special_tokens=False, verbose=False), ""
     if "messages" in row:
         turns, render = row["messages"], tokenizer.apply_chat_template
         before = render(turns, tokenize=False, add_generation_prompt=True)
         after = render([*turns, {"role": "assistant", "content": choice}], tokenize=False)
-        lead, found, _ = after.removeprefix(before).partition(choice)
+        start, found, _ = after.removeprefix(before).partition(choice)
         if after.startswith(before) and found:  # if not, it cannot be trained, but generated
-            choice = lead + choice  # the template may put a space or an empty thought before it
-    return tokenizer(choice, add_special_tokens=False, verbose=False)["input_ids"]
+            lead = start  # a space, or an empty thought
+    return encode(lead + choice)["input_ids"], encode(lead)["input_ids"]
 
 
 def encode_row(row, tokenizer, positions):
@@ -97,7 +100,10 @@ def encode_row(row, tokenizer, positions):
     if "messages" in row and row["messages"][-1]["role"] == "assistant":
         raise ValueError("the last message is an answer already.")
     prompt = encode_prompt(row, tokenizer)[1]
-    ids = [encode_choice(row, choice, tokenizer) for choice in choices]
+    pairs = [encode_choice(row, choice, tokenizer) for choice in choices]
+    # A lead is no choice, as far as its ids are the same before all of them.
+    lead = os.path.commonprefix([ids for pair in pairs for ids in pair])  # noqa: RUF071 -- of ids
+    prompt, ids = prompt + lead, [choice[len(lead) :] for choice, _ in pairs]
     if not prompt or not all(ids) or len({*map(tuple, ids)}) < len(ids):
         raise ValueError("the prompt or a choice has no tokens, or two choices have the same.")
     longest = len(prompt) + max(map(len, ids))

@@ -67,9 +67,8 @@ def _find_run(script, training, given, source):
     elif is_finished or complete:
         if wanted.lower() == "false":
             changed.append("a new start")
-        if not is_finished:
-            advice += f" To go on all the same: --resume_from_checkpoint {complete[-1]}"
-        check(not changed, f"it holds another run ({'; '.join(changed)}). {advice}")
+        go_on = "" if is_finished else f" Or go on: --resume_from_checkpoint {complete[-1]}"
+        check(not changed, f"it holds another run ({'; '.join(changed)}). {advice}{go_on}")
         if is_finished:
             say("finished", f"{output_dir} holds this run's result")
             return None

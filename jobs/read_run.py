@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -18,9 +19,7 @@ DETAILS = "full load_in_8bit load_in_4bit lora_target_modules modules_to_save lo
 UNDRAWN = "(eval_)?(step|epoch|total_flos|num_.*|train_.*|perplexity|runtime|.*_per_second)"
 CHANGES = "rewards/margins rewards/accuracies reward kl completions/mean_length".split()
 TASKS = ("jsquad", "jcommonsenseqa", "jnli", "jsts")
-ASIDE = re.compile(
-    "config|tokenizer|trainer_state|all_results|index|vocab|special_tokens|processor"
-)
+ASIDE = "config|tokenizer|trainer_state|all_results|index|vocab|special_tokens|processor"
 
 
 def read_run(directory):
@@ -51,7 +50,7 @@ def read_run(directory):
         facts["status"] = status_of(directory, bool(history or given), place)
     if given.get("dataset_name"):
         notes.append(f"data set of a hub, without a file to describe: {given['dataset_name']}")
-    files = [describe(file, directory, given) for file in files if file.get("use") != "script"]
+    files = [file for file in files if file.get("use") != "script"]
     run = {"facts": facts, "scores": scores, "given": given, "kind": kind, "curves": curves}
     return {**run, "files": files, "notes": [f"{directory}: {note}" for note in notes]}
 
@@ -187,6 +186,8 @@ def time_of(results, history):
     logged, whole = sum(e.get("num_tokens", 0) for e in entries), None
     if entries and all(e.get("tokens_per_second") for e in entries):
         whole = sum(e.get("num_tokens", 0) / e["tokens_per_second"] for e in entries)
+    elif not entries:
+        logged, whole = grpo_time([e for e in history if "loss" in e and "step" in e])
     seconds, speed = results.get("train_runtime"), results.get("train_tokens_per_second")
     if not is_number(seconds):
         return whole and f"{duration(whole)} up to the last step on record"
@@ -195,7 +196,17 @@ def time_of(results, history):
         return duration(seconds)
     start = f"{duration(seconds)} of it" if whole else f"{duration(seconds)} for"
     start += f" the last start ({share:.0%} of the tokens)"
-    return f"{duration(whole)}, {start}" if whole else start
+    return f"{duration(max(whole, seconds))}, {start}" if whole else start
+
+
+def grpo_time(entries):
+    """(tokens, seconds) of all steps: TRL logs the tokens so far, and the mean time of a step."""
+    if not entries or not all("step_time" in e for e in entries):
+        return entries[-1].get("num_tokens") if entries else None, None
+    steps = [0, *(e["step"] for e in entries)]
+    counts = [after - before for before, after in pairwise(steps)]
+    seconds = sum(e["step_time"] * count for e, count in zip(entries, counts, strict=True))
+    return entries[-1].get("num_tokens"), seconds
 
 
 # ---- Scores of evaluate_jglue.py ----
@@ -205,9 +216,14 @@ def read_scores(directory, notes):
     """{task and name: text} of the JSON files that hold scores of tasks."""
     scores = {}
     paths = [*sorted(directory.glob("*.json")), *sorted(directory.glob("scores/**/*.json"))]
+    stems = [path.stem for path in paths]
     for path in paths:
-        if ASIDE.search(path.name) or not path.is_file() or path.stat().st_size > 1e6:
+        if re.search(ASIDE, path.name) or not path.is_file() or path.stat().st_size > 1e6:
             continue
+        where, known = path.stem, {*scores}
+        if stems.count(where) > 1:  # several of this name: by their paths
+            where = path.relative_to(directory).with_suffix("").as_posix()
+        is_plain = where == path.stem and where.startswith("scores")
         for task, found in find_tasks(read(path, json.loads, notes, dict | list)):
             texts, pairs = {}, []
             for name, value in flatten(found, task):
@@ -220,8 +236,8 @@ def read_scores(directory, notes):
                 owner = max(owners, key=len, default=name)
                 texts[owner] = texts.get(owner, "") + interval
             for name, text in texts.items():
-                is_named = path.stem.startswith("scores") and name not in scores
-                scores[name if is_named else f"{name} ({path.stem})"] = text
+                name = name if is_plain and name not in known else f"{name} ({where})"
+                scores[name] = f"{scores[name]}; {text}" if name in scores else text
     return scores
 
 
@@ -240,10 +256,13 @@ def find_tasks(node, name=None):
 
 
 def flatten(node, name):
-    """(name, value) of numbers, nulls and pairs of numbers at any depth."""
+    """(name, value) of numbers, nulls and pairs of numbers at any depth; which data, as a text."""
     if isinstance(node, dict):
         for key, value in node.items():
-            if key != "examples":  # the ids of a prompt's, not scores
+            if key == "data" and isinstance(value, dict):
+                rows, digest = show(value.get("rows")), str(value.get("questions_sha256"))[:12]
+                yield f"{name} data", f"{value.get('file')}, {rows} rows, {digest}"
+            elif key != "examples":  # the ids of a prompt's, not scores
                 yield from flatten(value, name if key in ("value", "score") else f"{name} {key}")
     is_pair = isinstance(node, list) and len(node) == 2 and all(map(is_number, node))
     if is_pair or is_number(node) or node is None:
@@ -251,26 +270,6 @@ def flatten(node, name):
 
 
 # ---- Data files ----
-
-
-def describe(entry, directory, given):
-    """(use, name, size, rows, sha256) of a data file as recorded; rows if it is still the same."""
-    name, digest, size = (entry.get(key) for key in ("file", "sha256", "bytes"))
-    rows = None
-    if path := locate(str(name), directory, given):
-        rows, found = count_rows(path, path.stat().st_mtime_ns)
-        rows = "changed since" if found != digest else rows and f"{rows:,}"
-    size = f"{size / 1e6:,.1f} MB" if is_number(size) and size >= 1e5 else f"{show(size)} bytes"
-    return entry.get("use", "train"), str(name), size, rows, str(digest)[:12]
-
-
-def locate(name, directory, given):
-    """A relative path starts where the run was started, which its output_dir tells; or here."""
-    starts, whole = [Path()], directory.resolve().parts
-    part = Path(str(given.get("output_dir", ""))).parts
-    if part and whole[-len(part) :] == part:
-        starts.insert(0, Path(*whole[: -len(part)]))
-    return next((start / name for start in starts if (start / name).is_file()), None)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 import yaml
-from read_run import read_run
+from read_run import count_rows, is_number, read_run, show
 from run_common import check, fail
 
 SIGNATURE = "written by report.py"  # in each page and picture; a file without it is somebody else's
@@ -108,7 +108,7 @@ def make_page(runs, picture, note):
     files = {}
     for number, run in enumerate(runs, 1):
         for file in run["files"]:
-            files.setdefault(file, []).append(str(number))
+            files.setdefault(describe(file, run), []).append(str(number))
     if files:
         table = [["use", "file", "size", "rows", "sha256", "runs"]]
         table += [[*file, ", ".join(numbers)] for file, numbers in files.items()]
@@ -124,6 +124,26 @@ def make_page(runs, picture, note):
     if notes:
         lines += ["## Notes", "", *(f"- {plain(note)}" for note in notes), ""]
     return "\n".join(lines)
+
+
+def describe(entry, run):
+    """(use, name, size, rows, sha256) of a data file as recorded; rows if it is still the same."""
+    name, digest, size = (entry.get(key) for key in ("file", "sha256", "bytes"))
+    rows = None
+    if path := locate(str(name), Path(run["facts"]["directory"]), run["given"]):
+        rows, found = count_rows(path, path.stat().st_mtime_ns)
+        rows = "changed since" if found != digest else rows and f"{rows:,}"
+    size = f"{size / 1e6:,.1f} MB" if is_number(size) and size >= 1e5 else f"{show(size)} bytes"
+    return entry.get("use", "train"), str(name), size, rows, str(digest)[:12]
+
+
+def locate(name, directory, given):
+    """A relative path starts where the run was started, which its output_dir tells; or here."""
+    starts, whole = [Path()], directory.resolve().parts
+    part = Path(str(given.get("output_dir", ""))).parts
+    if part and whole[-len(part) :] == part:
+        starts.insert(0, Path(*whole[: -len(part)]))
+    return next((start / name for start in starts if (start / name).is_file()), None)
 
 
 def make_table(runs):

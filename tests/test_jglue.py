@@ -1,6 +1,7 @@
 """JGLUE: the committed sample, the prompts made of it, and the scores against calculations of their own."""
 
 import gc
+import hashlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib import metadata
 from itertools import combinations
 from pathlib import Path
 
@@ -505,6 +507,7 @@ def test_jsquad_scores(tmp_path):
         "unreadable": 2,
         "exact_match": pytest.approx(statistics.fmean(case[2] for case in cases)),
         "f1": pytest.approx(statistics.fmean(case[3] for case in cases)),
+        "data": result["data"],
     }
 
 
@@ -555,12 +558,31 @@ def test_accuracy_and_what_cannot_be_read(tmp_path, capsys):
                 " 2\n",
                 "2：マザーボード",
                 "2番です",
+                "2.",
+                "2. 掲示板",
+                "２．",
+                "２．マザーボード",
+                "2。",
                 "マザーボード",
                 "マザーボード。",
             )
         ),
         *(("まな板", 4), ("4", 4), ("0", 0)),
-        *((text, None) for text in ("10", "2.5", "5", "", "わからない", "ボード", "答えは2")),
+        *(
+            (text, None)
+            for text in (
+                "10",
+                "2.5",
+                "２．５",
+                "2.5番",
+                "２０",
+                "5",
+                "",
+                "わからない",
+                "ボード",
+                "答えは2",
+            )
+        ),
     ]
     rows = [
         {"id": str(n), "choices": choices, "label": 2, "generated_text": text}
@@ -607,6 +629,83 @@ def test_accuracy_and_what_cannot_be_read(tmp_path, capsys):
         "3 of 8 texts could not be read as an answer; they count as wrong" in shown
         and "0.5000" in shown
     )
+
+
+def test_choices_that_begin_with_a_digit(tmp_path):
+    """Their exact words are read before a number is; a mere digit is the number that was asked for."""
+    choices = ["3D映画", "4", "3Dプリンター", "2号", "0番線"]
+    cases = {"3Dプリンター": 2, "3Dプリンター。": 2, "3D映画": 0, "2号": 3, "0番線": 4, "0番": 0}
+    cases |= {"3": 3, "3.": 3, "４": 4, "4。": 4, "1": 1, "3：2号": 3, "3Dテレビ": None}
+    for text, read in cases.items():
+        for label in range(5):
+            row = {"id": "1", "choices": choices, "label": label, "generated_text": text}
+            result = scores(tmp_path, "jcommonsenseqa", [row])
+            assert result["accuracy"] == (label == read), (text, label)
+            assert result["unreadable"] == (read is None), text
+
+
+THOUGHTS = [
+    "<think>\n\n</think>\n\n",
+    "\n<think>\n花瓶？ 4かも。矛盾。\n</think>\n",
+    "<|channel>thought\n<channel|>",
+    "<|channel>thought\n花瓶？ 4\n\n<channel|>\n",
+    "花瓶？ 4かも。\n</think>\n\n",  # the prompt began it
+    "<think>4</think><think>\n</think>",
+]
+UNENDED = [
+    "<think>\n{}",
+    "\n\n<think>{}\n",
+    "<|channel>thought\n{}",
+    "thought\n{}",  # generation leaves special tokens out, as Gemma 4's marks are
+    "<think></think>\n<think>\n{}",
+]
+GOLD = {
+    "jsquad": ({"answers": ["辞書"]}, "辞書"),
+    "jcommonsenseqa": ({"label": 2, "choices": ["a", "b", "c", "d", "e"]}, "2"),
+    "jnli": ({"label": "entailment"}, "含意"),
+    "jsts": ({"label": 3.5}, "3.5"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_thought_before_the_answer(task, tmp_path):
+    """A closed one is no part of the answer; one without an end leaves no answer."""
+    gold, right = GOLD[task]
+
+    def score(texts):
+        rows = [{"id": n, **gold, "generated_text": text} for n, text in enumerate(texts)]
+        if task == "jsts":  # correlations need two labels
+            rows.append({"id": "other", "label": 1.0, "generated_text": "1.0"})
+        result = scores(tmp_path, task, rows)
+        return result["unreadable"], result.get("exact_match", result.get("accuracy"))
+
+    for thought in THOUGHTS:
+        assert score([thought + right]) in ((0, 1), (0, None)), thought
+        assert score([thought]) in ((1, 0), (1, None)), thought
+    for text in UNENDED:
+        assert score([text.format(right)]) in ((1, 0), (1, None)), text
+    # Only what begins with a thought has one: what comes behind an answer was never read.
+    assert score([f"{right}\n<think>\n?</think>\n9"]) in ((0, 1), (0, None))
+    if task == "jsts":
+        rows = [
+            {"id": n, "label": n + 0.5, "generated_text": f"{t}{n}.5"}
+            for n, t in enumerate(THOUGHTS[:5])
+        ]
+        assert scores(tmp_path, task, rows)["pearson"] == pytest.approx(1)
+
+
+def test_scores_say_of_which_data(prepared, small, tmp_path):
+    """By the sha256 of the file that prepare_jglue.py wrote: the sample is not the real JGLUE."""
+    prepare(small, tmp_path / "other")
+    for folder in (prepared, tmp_path / "other"):
+        for task in TASKS:
+            file = folder / f"{task}_validation.jsonl"
+            rows = read_lines(file)
+            answered = [row | {"generated_text": "x", "base_generated_text": "y"} for row in rows]
+            data = scores(tmp_path, task, answered)["data"]
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            name = str(tmp_path / "predictions.jsonl")
+            assert data == {"file": name, "rows": len(rows), "questions_sha256": digest}
 
 
 def rank(values):
@@ -910,13 +1009,62 @@ def test_likelihoods_of_an_adapter_and_of_turns(models, tmp_path):
     def ids(text):
         return tokenizer.encode(text, add_special_tokens=False)
 
-    start = ids("<s>u:空は?|a:") + ids(" 青い<|endoftext|>") + ids("u:猫は?|a:")
-    choices = [ids(f" {choice}") for choice in row["answer_choices"]]
+    start = ids("<s>u:空は?|a:") + ids(" 青い<|endoftext|>") + ids("u:猫は?|a:") + ids(" ")
+    choices = [ids(choice) for choice in row["answer_choices"]]
+    assert all(ids(" ") + ids(f"{choice}") == ids(f" {choice}") for choice in row["answer_choices"])
     expected = [summed(adapted, start, choice) for choice in choices]
     assert scored[0]["choice_logprobs"] == pytest.approx(expected, abs=1e-4)
     with adapted.disable_adapter():
         unlike = [summed(adapted, start, choice) for choice in choices]
     assert scored[0]["choice_logprobs"] != pytest.approx(unlike, abs=0.1)
+
+
+# What is written before each answer: what of it has its own ids before all choices, and what not.
+LEADS = {"<think>\n\n</think>\n\n": ("<think>\n\n</think>\n\n", ""), "答え: ": ("答え:", " ")}
+
+
+@pytest.mark.parametrize("lead", LEADS)
+def test_what_a_template_writes_before_an_answer_is_no_choice(lead, models, tmp_path):
+    """It is neither in the sums nor in the numbers of tokens, which change which choice is taken."""
+    from transformers import AutoModelForCausalLM
+
+    turns = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '|' }}"
+    turns += "{% else %}{{ LEAD + m.content + eos_token }}{% endif %}{% endfor %}"
+    (tmp_path / "t.jinja").write_text("{{ bos_token }}" + turns.replace("LEAD", repr(lead)))
+    choices = ["矛盾", "約束", "い"]  # a space and 約束's first byte are one token
+    rows = [
+        {"messages": [{"role": "user", "content": f"猫{n}"}], "answer_choices": choices}
+        for n in range(12)
+    ]
+    prompts, template = (
+        write_lines(tmp_path / "p.jsonl", rows),
+        f"--chat_template={tmp_path}/t.jinja",
+    )
+    found = choose(models["llama"], prompts, tmp_path / "o.jsonl", template)
+    tokenizer = make_tokenizer(bos=True)
+    model = AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
+
+    def ids(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    before, joined = LEADS[lead]
+    own = [ids(joined + choice) for choice in choices]
+    whole = [ids(lead + choice) for choice in choices]  # the ids that training gives an answer
+    assert whole == [ids(before) + choice for choice in own]
+    assert not joined or ids(lead) != whole[1][: len(ids(lead))]
+    others = 0
+    for row, scored in zip(rows, found, strict=True):
+        start = ids(f"<s>{row['messages'][0]['content']}|")
+        sums = [summed(model, start + ids(before), choice) for choice in own]
+        assert scored["choice_logprobs"] == pytest.approx(sums, abs=1e-4)
+        assert scored["choice_tokens"] == [*map(len, own)]
+        with_lead = [summed(model, start, text) / len(text) for text in whole]
+        without = [value / len(choice) for value, choice in zip(sums, own, strict=True)]
+        best = without.index(max(without))
+        others += best != with_lead.index(max(with_lead))
+        taken = SCRIPTS["ask_model"]["score_choices"]([scored | {"completion": choices[best]}])
+        assert taken["acc_per_token"] == 1
+    assert joined or others, "the lead changes nothing here: this test would not see it"
 
 
 def test_choices_go_on_where_they_stopped(models, tmp_path, monkeypatch):
@@ -969,7 +1117,9 @@ def test_choices_refuse(models, tmp_path, capsys, monkeypatch):
     good = write_lines(tmp_path / "good.jsonl", CHOICE_ROWS)
     assert "Choose another" in refusal(capsys, choose, models["gpt2"], good, good)
     with monkeypatch.context() as patch:  # as a tokenizer without the characters does
-        patch.setattr(load_script(JGLUE / "score_choices.py"), "encode_choice", lambda *_: [5])
+        patch.setattr(
+            load_script(JGLUE / "score_choices.py"), "encode_choice", lambda *_: ([5], [])
+        )
         words = (capsys, choose, models["gpt2"], good, tmp_path / "o.jsonl")
         assert "two choices have the same" in refusal(*words)
     words = (capsys, choose, models["gpt2"], good, tmp_path / "o.jsonl", "--batch_size=0")
@@ -1125,7 +1275,7 @@ def in_process(monkeypatch):
     return script, done
 
 
-def test_all_tasks_of_a_model(prepared, models, tmp_path, in_process, capsys):
+def test_all_tasks_of_a_model(prepared, models, tmp_path, in_process, capsys, monkeypatch):
     script, done = in_process
     words = ["--task=all", f"--model_name_or_path={models['llama']}", f"--data_dir={prepared}"]
     words += ["--limit=6", "--num_fewshot=1", "--max_new_tokens=4", f"--output_dir={tmp_path}"]
@@ -1142,7 +1292,12 @@ def test_all_tasks_of_a_model(prepared, models, tmp_path, in_process, capsys):
         own = [row for row in rows if row["task"] == task]
         assert len(own) == entry["rows"] == 6 and len(entry["examples"]) == 1
         for name, value in scores(tmp_path, task, own).items():  # as of a --prediction_file
-            assert name == "task" or entry[name] == value
+            assert name in ("task", "data") or entry[name] == value
+        file = prepared / f"{task}_validation.jsonl"
+        digest, count = hashlib.sha256(file.read_bytes()).hexdigest(), len(read_lines(file))
+        data = {"file": str(file), "rows": count, "questions_sha256": digest}
+        assert entry["data"] == data
+        assert f"{file} ({count:,} rows, sha256 {digest[:12]})" in page
         for name, limits in entry["intervals"].items():
             assert f"| {task} | {name} | " in page
             assert limits is None or limits[0] <= entry[name] <= limits[1]
@@ -1157,7 +1312,9 @@ def test_all_tasks_of_a_model(prepared, models, tmp_path, in_process, capsys):
             assert entry["acc"] == right / 6
         assert ("acc" in entry) == bool(likely) == (task in ("jcommonsenseqa", "jnli"))
     files = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    script.main(words)  # nothing is made again, and the scores are the same
+    with monkeypatch.context() as patch:  # not even the versions: no answer was made with these
+        patch.setattr(metadata, "version", lambda name: "99")
+        script.main(words)  # nothing is made again, and the scores are the same
     assert files == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     changed = [word for word in words if not word.startswith("--max_new")]
     assert "holds other answers" in refusal(capsys, script.main, changed)
@@ -1172,6 +1329,65 @@ def test_all_tasks_of_a_model(prepared, models, tmp_path, in_process, capsys):
     page = (tmp_path / "jnli_1shot_chat_limit6.md").read_text()
     assert "1-shot, asked by turns of the chat template" in page and "| jnli | acc |" in page
     assert "### 応答" in capsys.readouterr().err  # generate_text.py's example
+
+
+def test_the_versions_are_those_that_the_answers_were_made_with(
+    prepared, models, tmp_path, in_process, monkeypatch
+):
+    """Of two starts with other packages both are named, as soon as both have made answers."""
+    script, _ = in_process
+    words = ["--task=jnli", f"--model_name_or_path={models['llama']}", f"--data_dir={prepared}"]
+    words += ["--limit=4", "--batch_size=2", "--max_new_tokens=2", f"--output_dir={tmp_path / 'o'}"]
+    generate, chosen = (
+        load_script(path)
+        for path in (ROOT / "generate_text" / "generate_text.py", JGLUE / "score_choices.py")
+    )
+    stem, real, calls = tmp_path / "o" / "jnli_0shot_limit4", metadata.version, []
+
+    def start(peft, stops_at=None):
+        """Start with another peft; return what the page says of it, None where there is none yet."""
+        calls.clear()
+        monkeypatch.setattr(metadata, "version", lambda n: peft if n == "peft" else real(n))
+
+        def counted(function):
+            def call(*arguments):
+                calls.append(1)
+                if len(calls) == stops_at:
+                    (tmp_path / "o" / "STOP").touch()
+                return function(*arguments)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(generate, "generate", counted(generate.generate))
+            patch.setattr(chosen, "score_rows", counted(chosen.score_rows))
+            try:
+                script.main(words)
+            except SystemExit as stop:
+                assert stop.code == 75
+        gc.collect()  # and with it the lock of a run that stopped
+        page, result = Path(f"{stem}.md"), Path(f"{stem}.json")
+        if not page.exists():
+            return None
+        shown = re.search(r", peft ([^,.]*(?:\.[0-9][^,.]*)*)", page.read_text())[1]
+        assert json.loads(result.read_text())["versions"]["peft"] == shown
+        return shown
+
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "STOP").touch()
+    assert start("1.0") is None and not calls  # it stopped before it made an answer
+    assert start("2.0", stops_at=1) is None and len(calls) == 1
+    assert start("2.0") == "2.0" and len(calls) == 3  # the other half, and the choices in two
+    assert start("3.0") == "2.0" and not calls
+    for file in tmp_path.glob("o/*"):  # made anew: by one start one half, the rest by another
+        file.unlink()
+    assert start("4.0", stops_at=1) is None and len(calls) == 1
+    assert start("5.0") == "4.0 and 5.0" and len(calls) == 3
+    assert start("6.0") == "4.0 and 5.0" and not calls
+    Path(f"{stem}_choices.jsonl").unlink()
+    assert start("7.0") == "4.0 and 5.0 and 7.0" and len(calls) == 2
+    Path(f"{stem}_versions.json").unlink()  # as of answers made before versions were kept
+    assert start("8.0") == "not recorded" and not calls
 
 
 def test_evaluation_refuses(prepared, in_process, tmp_path, capsys):

@@ -219,6 +219,43 @@ def test_the_time_of_a_resumed_run(script, tmp_path):
     assert facts(text)["time"] == "0:00:02 for the last start (25% of the tokens)"
 
 
+GRPO_TIMES = {
+    7: 1.5,
+    14: 1.0,
+    20: 2.0,
+    21: 3.0,
+    24: 0.5,
+}  # logged at other steps where it was saved
+
+
+def test_the_time_of_a_resumed_grpo_run(script, tmp_path):
+    """TRL logs the mean time of a step and the tokens since the beginning; the last start made 40%."""
+    log = [
+        {"step": step, "loss": 0.1, "reward": 1.0, "step_time": time, "num_tokens": step * 100.0}
+        for step, time in GRPO_TIMES.items()
+    ]
+    log += [{"step": 24, "train_loss": 0.1, "train_runtime": 15.0}]
+    seconds = 7 * 1.5 + 7 * 1.0 + 6 * 2.0 + 1 * 3.0 + 3 * 0.5
+    assert seconds == 34
+    results = {"train_runtime": 17.0, "train_tokens_per_second": 960 / 17, "train_loss": 0.1}
+    words = {"script": "finetune_grpo.py", "log": log, "step": 24}
+    run, page = make_run(tmp_path / "run", results=results, **words), tmp_path / "page.md"
+    found = facts(report(script, run, "--output_file", page))
+    assert found["time"] == "0:00:34, 0:00:17 of it the last start (40% of the tokens)"
+    results |= {"train_runtime": 36.0, "train_tokens_per_second": 2400 / 36}
+    run = make_run(tmp_path / "once", results=results, **words)
+    assert facts(report(script, run, "--output_file", page))["time"] == "0:00:36"
+    run = make_run(tmp_path / "cut", **words)
+    found = facts(report(script, run, "--output_file", page))
+    assert found["time"] == "0:00:34 up to the last step on record"
+    for entry in log[:2]:  # a log without: the last part only
+        del entry["step_time"]
+    results |= {"train_runtime": 17.0, "train_tokens_per_second": 960 / 17}
+    run = make_run(tmp_path / "old", results=results, **words)
+    found = facts(report(script, run, "--output_file", page))
+    assert found["time"] == "0:00:17 for the last start (40% of the tokens)"
+
+
 DPO = [
     {"step": s, "loss": 0.5, "rewards/margins": s / 10, "rewards/accuracies": 0.5} for s in (1, 2)
 ]
@@ -303,6 +340,7 @@ SCORES = [
     "text",
 ]
 EVALUATED = {"accuracy": 0.25, "acc": 0.5, "acc_norm": 0.75, "examples": [1, 2]}
+EVALUATED["data"] = {"file": "o/jnli.jsonl", "rows": 54, "questions_sha256": DIGEST}
 EVALUATED["intervals"] = {"accuracy": [0, 1], "acc": [0.25, 0.75], "acc_norm": None}
 
 
@@ -330,11 +368,39 @@ def test_scores(script, tmp_path):
         "jsts num_fewshot": "3",
         "jcommonsenseqa accuracy": "0.5000",
         "jcommonsenseqa accuracy_norm": "0.2500 [0, 1]",
+        "jnli data (all_2shot)": f"o/jnli.jsonl, 54 rows, {DIGEST[:12]}",
         "jnli accuracy (all_2shot)": "0.2500 [0, 1]",
         "jnli acc (all_2shot)": "0.5000 [0.2500, 0.7500]",
         "jnli acc_norm (all_2shot)": "0.7500",
     }
     assert "broken.json cannot be read" in text and "scores_5.json holds something else" in text
+
+
+def test_scores_of_the_same_name_in_several_directories(script, tmp_path):
+    """Each stands on the page, by its path; where a name is the only one, it is enough."""
+    run = make_run(tmp_path / "run")
+    values = {"checkpoint-100/jsquad_0shot": 0.9, "checkpoint-20/jsquad_0shot": 0.1}
+    values |= {"a/scores": 0.2, "b/scores": 0.3, "c/scores": 0.4, "c/other": 0.5, "scores_2": 0.6}
+    for name, value in values.items():
+        path = run / "scores" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"tasks": {"jsquad": {"f1": value}}}))
+    found = facts(report(script, run, "--output_file", tmp_path / "page.md"))
+    shown = {name: value for name, value in found.items() if name.startswith("jsquad")}
+    assert shown == {
+        "jsquad f1 (scores/checkpoint-100/jsquad_0shot)": "0.9000",
+        "jsquad f1 (scores/checkpoint-20/jsquad_0shot)": "0.1000",
+        "jsquad f1 (scores/a/scores)": "0.2000",
+        "jsquad f1 (scores/b/scores)": "0.3000",
+        "jsquad f1 (scores/c/scores)": "0.4000",
+        "jsquad f1 (other)": "0.5000",
+        "jsquad f1": "0.6000",
+    }
+    two = [{"task": "jsquad", "f1": 0.25}, {"task": "jsquad", "f1": 0.75}]
+    (run / "scores.json").write_text(json.dumps(two))  # the usual place keeps its plain name
+    found = facts(report(script, run, "--output_file", tmp_path / "page.md"))
+    assert found["jsquad f1"] == "0.2500; 0.7500"
+    assert found["jsquad f1 (scores_2)"] == "0.6000"
 
 
 WRONG = {

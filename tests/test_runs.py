@@ -217,7 +217,7 @@ def test_an_edited_copy_reads_anew(checkpoints, tmp_path, capsys):
     (out / "checkpoint-1").mkdir(exist_ok=True)
     shutil.copy(out / "trainer_state.json", out / "checkpoint-1")
     message = refused(mine, capsys, checkpoints["gpt2"], data, out)
-    assert f"on all the same: --resume_from_checkpoint {out / 'checkpoint-'}" in message
+    assert f"Or go on: --resume_from_checkpoint {out / 'checkpoint-'}" in message
 
 
 def test_each_epoch_has_its_own_order(script, checkpoints, tmp_path):
