@@ -106,9 +106,11 @@ def save(name, model, tokenizer, output, new_tokens):
     with tempfile.TemporaryDirectory(dir=output, prefix=".partial.") as partial:  # may be a link
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        for file in ("preprocessor", "processor", "video_preprocessor"):
-            with contextlib.suppress(OSError):  # few models have one; they see, too
-                file = transformers.utils.cached_file(name, f"{file}_config.json")
+        # What only some have: a template that the tokenizer does not read, what they see with.
+        kinds = ("preprocessor_config", "processor_config", "video_preprocessor_config")
+        for kind in ("chat_template", *kinds):
+            with contextlib.suppress(OSError):
+                file = transformers.utils.cached_file(name, f"{kind}.json")
                 shutil.copy(file, partial)
         again = transformers.AutoTokenizer.from_pretrained(partial, trust_remote_code=False)
         for row in new_tokens:

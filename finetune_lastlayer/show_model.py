@@ -58,7 +58,9 @@ def main(argv=None):
         say("memory", f"{size} and activations ({how})")
     if args.method == "lora":
         say("coverage", layers.coverage(model, targets))
-        share = layers.share_of(layers.weigh_layers(model), names)
+        weighed = layers.weigh_layers(model)
+        rounded = {n for n, (_, why) in weighed.items() if n in names and why != layers.READ_PAST}
+        share = layers.share_of(weighed, rounded)
         say("rounded", f"{share:.1%} of them by --load_in_8bit true or --load_in_4bit true")
 
 

@@ -34,12 +34,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_count
 
-JOBS, keep_run, model_layers = Path(__file__).resolve().parent.parent / "jobs", None, None
+JOBS = Path(__file__).resolve().parent.parent / "jobs"
+keep_run = model_layers = None  # where this file was copied alone: it trains from start to end
 if (JOBS / "keep_run.py").exists():  # what lets a run go on where it was cut off, and stop in time
     sys.path.insert(0, str(JOBS))  # before files of yours that are called alike
     import keep_run
     import model_layers
-# Else this file was copied alone: it trains from start to end.
 
 # ---- 1. Settings ----
 

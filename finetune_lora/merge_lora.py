@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -29,7 +30,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Tokenizers
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import cached_file, logging
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "jobs"))  # for notes alone
+JOBS, published = Path(__file__).resolve().parent.parent / "jobs", None
+if (JOBS / "published.py").exists():  # for a repository's own code, and for notes
+    sys.path.insert(0, str(JOBS))  # before files of yours that are called alike
+    import published
 # What transformers does not write, or not as it was: of the tokenizer, and what shows images.
 TOKENIZER = ("special_tokens_map.json", "added_tokens.json")
 OTHERS = ("tokenizer.model", "spiece.model", "preprocessor_config.json", "processor_config.json")
@@ -71,7 +75,10 @@ def main(argv=None):
     if change == 0:
         say("note", "the adapter changes nothing, it was not trained: this is the base")
     text = f"{args.output_dir}: {size:,} parameters in {dtype}, embeddings {tied}"
-    say("merged", f"{text}; answers as base + adapter")
+    lost = figures[f"cast to {dtype} against merged"] / change if change else 0
+    say("merged", text + "; answers as base + adapter" * (lost < 0.1))
+    if lost >= 0.1:
+        say("note", f"{lost:.0%} of what the adapter changes is rounded away: take --dtype fp32")
     generate = "python ../generate_text/generate_text.py --model_name_or_path"
     say("next", f"{generate} {shlex.quote(args.output_dir)} --prompt TEXT")
 
@@ -86,8 +93,7 @@ def find_base(args, adapter):
     check(kind == "LORA", f"{adapter} is of the kind {kind}; only LORA can be merged.")
     record = settings.get("base_model_name_or_path") or "?"
     places = [Path(place, record) for place in (".", adapter, adapter.absolute().parent)]
-    found = next((str(place) for place in places if place.is_dir()), record)
-    base = args.base_model_name_or_path or found
+    base = args.base_model_name_or_path or next((str(p) for p in places if p.is_dir()), record)
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     except Exception as error:
@@ -112,6 +118,9 @@ def load_base(args, name):
     options |= {"config": config, "dtype": "float32", "output_loading_info": True}
     sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     load = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    is_own = args.trust_remote_code and hasattr(config, "auto_map")
+    check(published or not is_own, "a repository's own code needs `jobs` beside this directory.")
+    load = published.loader(config) if published else load
     model, info = load.from_pretrained(name, **options)
     if stored:
         model._weight_conversions = None  # it would write them packed again, or by other names
@@ -127,10 +136,8 @@ def load_model(args, adapter, base):
     from peft.utils import load_peft_weights
 
     model, saved = load_base(args, base), load_peft_weights(str(adapter), device="cpu")
-    with suppress(ModuleNotFoundError):  # notes need `jobs`
-        from model_layers import say_rounding
-
-        say_rounding(adapter, model)
+    if published:
+        published.say_rounding(adapter, model)
     rows, tokenizer = len(model.get_input_embeddings().weight), read_tokenizer(args, base)
     known = tokenizer.get_vocab()
     convert = f"python ../generate_text/convert_tokenizer.py --model_name_or_path {base}"
@@ -148,8 +155,7 @@ def load_model(args, adapter, base):
         model = PeftModel.from_pretrained(model, adapter).eval()
     known = {*get_peft_model_state_dict(model, save_embedding_layers=False), *model.state_dict()}
     unknown = sorted(saved.keys() - known)[:3]
-    problem = f"{args.adapter_name_or_path} does not fit on {base}, which lacks {unknown}."
-    check(not unknown, problem)
+    check(not unknown, f"{adapter} does not fit on {base}, which lacks {unknown}.")
     new = torch.arange(rows, max(rows, tokens)).expand(2, -1)[:, -16:]
     return model, tokenizer, torch.cat([ids, new], 1), alone
 
@@ -182,9 +188,10 @@ def write(args, adapter, base, model, tokenizer, dtype, ids):
     """Cast the model, write it, read it back; return both logits. What is wrong does not stay."""
     if (adapter / "generation_config.json").is_file():  # with the tokens that end an answer
         model.generation_config = GenerationConfig.from_pretrained(adapter)
-    for parameter in model.parameters():
-        kind = {"bf16": "bfloat16", "fp16": "half", "fp32": "float"}[dtype]
-        parameter.data = getattr(parameter.data, kind)()
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    fine = "|".join(model._get_dtype_plan(kind)).replace("*", ".*") or "$^"  # fp32 when loaded, too
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if re.search(fine, name) else kind)
     with tempfile.TemporaryDirectory(prefix="partial-", dir=args.output_dir) as written:
         tokenizer.save_pretrained(written)
         copy_files(adapter, base, written)
@@ -201,10 +208,8 @@ def write(args, adapter, base, model, tokenizer, dtype, ids):
         # config.json, which makes it a model, comes last.
         for path in sorted(Path(written).iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(Path(args.output_dir, path.name))
-    with suppress(Exception):  # a note must not cost the result
-        from keep_run import tell_tokenizer
-
-        tell_tokenizer(Path(args.output_dir))
+    with suppress(Exception):  # a note must not cost the result; nor need `jobs` be there
+        published.tell_tokenizer(Path(args.output_dir))
     return cast, reloaded
 
 

@@ -4,8 +4,8 @@
 transformers 5 reads spiece.model or tokenizer.model by rules of its own class for it, not by the
 file's settings: rare characters get lost, spaces are merged, a unigram model is cut up as BPE, and
 nothing is said. The tokenizers are made here from the file's own settings instead, and compared
-with sentencepiece itself. A tokenizer.json that is there already stays as it is, but for a BOS that
-tokenizer_config.json asks for and tokens that have no row. It takes seconds and needs no GPU.
+with sentencepiece itself. A tokenizer.json that is there already stays as it is, but for what
+tokenizer_config.json asks for: BOS, tokens that have a row. It takes seconds and needs no GPU.
 
 A directory  python convert_tokenizer.py --model_name_or_path DIR       (there; old files are kept)
 A hub model  python convert_tokenizer.py --model_name_or_path rinna/NAME --output_dir output/rinna
@@ -19,6 +19,8 @@ import os
 import shlex
 import sys
 from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
 SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.model")
 # Written new. Other files of a tokenizer are left out of the result: they would be read first.
@@ -56,9 +58,7 @@ def parse(argv):
 def check_arguments(args):
     """Refuse what cannot work, and what would replace files that are kept."""
     name, out = args.model_name_or_path, Path(args.output_dir or "")
-    check(
-        args.check is None, "--check is gone. Type: python check_tokenizer.py --text_file FILE ..."
-    )
+    check(args.check is None, "--check is gone. Type: python check_tokenizer.py --text_file FILE")
     if args.output_dir:
         is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
         check(is_free, f"--output_dir {out} is not empty. Name a new directory.")
@@ -97,15 +97,13 @@ def find_model(name):
 def convert(file, directory):
     """Return the tokenizer of a sentencepiece file, with the roles that the JSON files give."""
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())
     except Exception as error:  # protobuf's own class moves between its versions
-        hint = "A git-lfs pointer in its place? Fetch the file itself"
-        fail(f"{file} is no sentencepiece model ({error}). {hint}.")
+        fail(f"{file} is no sentencepiece model ({error}). A git-lfs pointer? Fetch the file.")
     kinds, trainer, names = proto.SentencePiece, proto.trainer_spec, [p.piece for p in proto.pieces]
     unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == kinds.UNKNOWN)
     is_unigram = trainer.model_type == trainer.UNIGRAM
@@ -118,9 +116,9 @@ def convert(file, directory):
         is_own = kind == kinds.USER_DEFINED
         if kind in (kinds.CONTROL, kinds.UNKNOWN) or (is_own and not (is_unigram and is_left)):
             tokenizer.add_tokens([AddedToken(name, normalized=False, special=not is_own)])
-    known = {"unk_token": names[unknown]}
     default = {"bos_token": trainer.bos_piece, "eos_token": trainer.eos_piece}
-    roles, settings, reason = find_roles(directory, set(names), known, default)
+    roles = {"unk_token": names[unknown]}
+    roles, settings, reason = find_roles(directory, tokenizer, roles, default)
     if settings["add_bos_token"]:
         add_bos(tokenizer, roles["bos_token"])
     kind, has = "unigram" if is_unigram else "BPE", "with" if trainer.byte_fallback else "without"
@@ -132,12 +130,10 @@ def convert(file, directory):
 
 def complete(file, directory):
     """Return the tokenizer of a tokenizer.json as it stands, with its roles; BOS if asked for."""
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer.from_file(str(file))
-    roles, settings, reason = find_roles(directory, set(tokenizer.get_vocab()), {}, {})
-    tokenizer.add_special_tokens(list(roles.values()))
+    roles, settings, reason = find_roles(directory, tokenizer, {}, {})
     as_it_stands = PreTrainedTokenizerFast.from_pretrained(directory).backend_tokenizer
     if getattr(as_it_stands, "fix_mistral_regex", None) is False:  # transformers found it wrong
         mended = PreTrainedTokenizerFast.from_pretrained(directory, fix_mistral_regex=True)
@@ -154,8 +150,6 @@ def complete(file, directory):
 
 
 def add_bos(tokenizer, bos):
-    from tokenizers import processors
-
     rule = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B"}
     rule["special_tokens"] = [(bos, tokenizer.token_to_id(bos))]
     tokenizer.post_processor = processors.TemplateProcessing(**rule)
@@ -163,8 +157,6 @@ def add_bos(tokenizer, bos):
 
 def make_model(proto, names, unknown):
     """The model with its pieces: their scores, or the merges in the order of their scores."""
-    from tokenizers import models
-
     kinds, trainer = proto.SentencePiece, proto.trainer_spec
     options = {"byte_fallback": trainer.byte_fallback}
     if trainer.model_type == trainer.UNIGRAM:
@@ -181,8 +173,6 @@ def make_model(proto, names, unknown):
 
 def add_rules(tokenizer, rules):
     """Give the tokenizer the file's normalizer and decoder; return the steps of the former."""
-    from tokenizers import Regex, decoders, normalizers
-
     steps, tail = [], []
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
@@ -204,33 +194,61 @@ def unigram_scores(proto, kinds):
     return [len(p.piece) * best - 0.1 if p.type == own else p.score for p in proto.pieces]
 
 
-def find_roles(directory, names, roles, default):
+def add_tokens(tokenizer, directory, special, is_exact):
+    """Add the tokens of other files that have rows, at their ids; return {those left out: why}."""
+    config, left = read_json(directory / "config.json"), {}
+    rows = (config.get("text_config") or config).get("vocab_size", 0)
+    found = read_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {
+        place: {"content": text, "normalized": False}
+        for text, place in read_json(directory / "added_tokens.json").items()
+    }
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for place, token in sorted((int(place), token) for place, token in found.items()):
+        text, here = token["content"], tokenizer.token_to_id(token["content"])
+        if here is None and place >= rows:
+            past = f"its id {place} is past the embedding's {rows:,} rows"
+            left[text] = past if rows else "config.json does not tell how many rows there are"
+            print(f"left out   {text}: {left[text]}")
+        elif here is None or (is_exact and text not in known):
+            flags = {} if is_exact else {"normalized": False}  # sentencepiece's rules come later
+            flags |= {"special": True} if text in special else {}
+            tokenizer.add_tokens([AddedToken(**token | flags)])
+            print(f"added      {text}, id {place}")
+        here = tokenizer.token_to_id(text)
+        problem = f"the files of {directory} give {text} the id {place}, its vocabulary {here}"
+        check(here == place or text in left, f"{problem}. Correct what is wrong.")
+    return left
+
+
+def find_roles(directory, tokenizer, roles, default):
     """Return ({role: token}, other settings, why BOS is added or not) from the JSON files."""
     config = read_json(directory / "tokenizer_config.json")
     given = read_json(directory / "special_tokens_map.json") | config
-    why = "its id would point past the embedding"
-    kinds = ("bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "mask_token")
-    for role in kinds if roles else ("unk_token", *kinds):
-        token = given.get(role)
-        token = token.get("content") if isinstance(token, dict) else token
+    kinds = [f"{kind}_token" for kind in ("unk", "bos", "eos", "pad", "cls", "sep", "mask")]
+    more = given.get("additional_special_tokens") or given.get("extra_special_tokens") or []
+    more = {f"special {i}": t for i, t in enumerate(more)} if isinstance(more, list) else more
+    more = {kind: given.get(kind) for kind in kinds if kind not in roles} | more
+    more = {kind: t.get("content") if isinstance(t, dict) else t for kind, t in more.items()}
+    left = add_tokens(tokenizer, directory, more.values(), is_exact=not default)
+    known = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+    names = tokenizer.get_vocab()
+    for kind, token in more.items():
         if token in names:
-            roles[role] = token
+            roles |= {kind: token} if kind in kinds else {}
+            tokenizer.add_special_tokens([token] if not (default or token in known) else [])
         elif token:
-            print(f"left out   {role} {token}: the model has no such piece, {why}")
-    for role, piece in default.items():
-        if role not in roles and piece in names:
-            roles[role] = piece
+            why = left.get(token, "the model has no such piece, and no file gives it an id")
+            print(f"left out   {kind} {token}: {why}")
+    roles |= {kind: t for kind, t in default.items() if kind not in roles and t in names}
     asked, reason = config.get("add_bos_token"), "as tokenizer_config.json says"
     if asked is None:
         # transformers 4 added BOS for a Llama tokenizer that does not say; 5 does not.
-        is_llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-        asked = bool(default) and is_llama
+        asked = default and str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
         reason = "a Llama tokenizer's default" if asked else "not asked for"
     settings = {"add_bos_token": bool(asked) and "bos_token" in roles}
     if isinstance(config.get("model_max_length"), int) and config["model_max_length"] < 10**9:
         settings["model_max_length"] = config["model_max_length"]
-    if config.get("chat_template"):
-        settings["chat_template"] = config["chat_template"]
+    settings |= {"chat_template": config["chat_template"]} if config.get("chat_template") else {}
     if (directory / "chat_template.jinja").is_file():
         settings["chat_template"] = (directory / "chat_template.jinja").read_text("utf-8")
     return roles, settings, reason
@@ -247,14 +265,12 @@ def compare(tokenizer, file):
     model = SentencePieceProcessor(model_file=str(file))
     # What shows differences: the file's own pieces in a row, rare characters, spaces, line ends.
     kinds = (model.is_control, model.is_byte, model.is_unknown)
-    ids = [i for i in range(model.vocab_size()) if not any(kind(i) for kind in kinds)]
-    pieces = [model.id_to_piece(i).replace("▁", " ") for i in ids]
-    texts = ["".join(pieces[start : start + 50]) for start in range(0, len(pieces), 50)]
+    pieces = [model.id_to_piece(i) for i in range(len(model)) if not any(k(i) for k in kinds)]
+    texts = ["".join(pieces[n : n + 50]).replace("▁", " ") for n in range(0, len(pieces), 50)]
     texts += ["鬱は難しい😀𠮷", "ＡＢＣ　１２３ｱｲｳ", "二つ  の空白", "改\n行\t字下げ"]
     texts += [" 前", "後 ", "a b  c"]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    pairs = zip(texts, encoded, strict=True)
-    bad = [text[:80] for text, ids in pairs if ids != model.encode(text)]
+    bad = [text[:80] for text, ids in zip(texts, encoded, strict=True) if ids != model.encode(text)]
     # A few may differ: the two libraries cut combining characters apart differently.
     problem = f"{len(bad)} of {len(texts)} texts get other ids than from sentencepiece: {bad[:1]}"
     check(len(bad) <= len(texts) // 100, f"{problem}. Nothing was written: it is not supported.")
@@ -266,9 +282,8 @@ def write(tokenizer, directory, out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         if out.resolve() == directory.resolve():
-            for name in REPLACED:
-                if (out / name).is_file():
-                    (out / name).rename(out / (name + KEPT))
+            for path in (out / name for name in REPLACED if (out / name).is_file()):
+                path.rename(path.with_name(path.name + KEPT))
         else:
             for path in sorted(directory.iterdir()):
                 if path.name not in REPLACED and not path.name.startswith("."):

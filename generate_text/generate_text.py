@@ -30,11 +30,10 @@ from transformers.hf_argparser import string_to_bool
 from transformers.models.falcon import modeling_falcon
 from transformers.utils.logging import disable_progress_bar
 
-JOBS, keep_answers = Path(__file__).resolve().parent.parent / "jobs", None
+JOBS, keep_answers = Path(__file__).resolve().parent.parent / "jobs", None  # None: copied alone
 if (JOBS / "keep_answers.py").exists():  # what lets answers to a file go on, and stop in time
     sys.path.insert(0, str(JOBS))  # before files of yours that are called alike
     import keep_answers
-# Else this file was copied alone: it answers from start to end.
 
 # ---- 1. Settings ----
 
@@ -197,7 +196,7 @@ def load_tokenizer(args):
         check(known <= tokenizer.get_vocab().items(), f"{args.base} has another vocabulary.")
     choose_chat_template(args.chat_template, tokenizer, args.chat_template_kwargs)
     if keep_answers:  # the template may stand in another file, or take lists of parts alone
-        keep_answers.find_template(name, args.chat_template, tokenizer, note, CHAT_TEMPLATE)
+        keep_answers.set_template(name, args, tokenizer, note, CHAT_TEMPLATE)
     limit = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0)
     args.positions = limit or sys.maxsize
     return tokenizer
@@ -391,6 +390,7 @@ def check(condition, message):
 def check_arguments(args):
     """Refuse what cannot work before anything is loaded; finds the base of an adapter."""
     file, name = args.prompt_file, args.model_name_or_path
+    check(keep_answers or not args.trust_remote_code, "--trust_remote_code needs ../jobs.")
     check(args.chat is False, "--chat is gone. Type: python chat.py --model_name_or_path MODEL")
     check((file is None) != (args.prompt is None), "give one of --prompt and --prompt_file.")
     check((file is None) == (args.output_file is None), "--prompt_file needs an --output_file.")

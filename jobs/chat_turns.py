@@ -12,6 +12,7 @@ from pathlib import Path
 
 from model_text import CHAT_TEMPLATE
 from run_common import check
+from template_day import find_day
 from transformers.utils import cached_file
 
 # For templates that know parts alone: a turn's text becomes one.
@@ -61,6 +62,7 @@ def find_template(name, asked, tokenizer, say, given=CHAT_TEMPLATE):
         templates = template if isinstance(template, dict) else {"": template}
         given = {key: AS_PARTS + text for key, text in templates.items()}
         tokenizer.chat_template = given if isinstance(template, dict) else given[""]
+    find_day(tokenizer, say)
 
 
 def shows(tokenizer, content):

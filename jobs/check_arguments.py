@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 import yaml
+from model_layers import shares_keys
 from run_common import check, fail, say
-from transformers import Trainer, modeling_utils
+from transformers import AutoConfig, Trainer, modeling_utils
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 # Trainer's options that would do nothing here, or harm in silence, by their beginnings; what to do.
@@ -117,11 +118,8 @@ def check_arguments(script, training, given):
         check_lora(script, training, given)
     elif hasattr(script, "train"):
         check_lastlayer(script, training)
-    none = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or os.environ.get("PBS_QUEUE") == "rt_HC"
-    driver = Path("/dev/nvidiactl").exists() and not none
-    problem = f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not see the GPU"
-    is_blind = driver and not torch.cuda.is_available() and not given.get("use_cpu")
-    check(not is_blind, f"{problem}. See nvidia-smi; or --use_cpu true.")
+    check_reentrant(script, training)
+    check_gpu(given)
     check(training.n_gpu < 2, f"type torchrun --standalone --nproc_per_node {training.n_gpu} ...")
     launched = os.environ.get("WORLD_SIZE") == str(training.world_size) or not training.deepspeed
     check(launched, "--deepspeed needs a launcher: torchrun --standalone --nproc_per_node 1 ...")
@@ -137,6 +135,29 @@ def check_arguments(script, training, given):
         fail(f"--optim {training.optim.value}, --lr_scheduler_type or another argument: {error}")
     if training.deepspeed:
         prepare_deepspeed(training)
+
+
+def check_reentrant(script, training):
+    """Refuse checkpointing that loses the gradients of what layers share beside their inputs."""
+    asked = (training.activation_checkpointing_kwargs or {}).get("use_reentrant")
+    of_trl = hasattr(script, "beta") or hasattr(training, "num_generations")
+    forced = is_deepspeed_zero3_enabled() and training.activation_checkpointing and of_trl
+    forced = forced and not getattr(script, "full", False)  # TRL does so with an adapter
+    if asked or forced:
+        remote = {"trust_remote_code": script.trust_remote_code}
+        config = AutoConfig.from_pretrained(script.model_name_or_path, **remote)
+        problem = "layers of this model share keys and values: use_reentrant loses their gradients"
+        remedy = "Take zero2.json, or no checkpointing" if forced else "Leave it out"
+        check(not shares_keys(config), f"{problem}. {remedy}.")
+
+
+def check_gpu(given):
+    """Refuse to train on CPUs where there is a GPU that torch does not see."""
+    none = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or os.environ.get("PBS_QUEUE") == "rt_HC"
+    driver = Path("/dev/nvidiactl").exists() and not none
+    problem = f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not see the GPU"
+    is_blind = driver and not torch.cuda.is_available() and not given.get("use_cpu")
+    check(not is_blind, f"{problem}. See nvidia-smi; or --use_cpu true.")
 
 
 def prepare_deepspeed(training):

@@ -92,7 +92,8 @@ def linear_weights(model):
         and module.weight.dim() == 2
         and name not in past
     }
-    return weights - {model.get_output_embeddings().weight}
+    head = model.get_output_embeddings()  # trained as a whole, it holds its frozen original, too
+    return weights - {head.weight, getattr(head, "original_module", head).weight}
 
 
 def count(plan):
@@ -112,12 +113,13 @@ def count(plan):
     elif plan.method == "qlora":  # half a byte; a byte for 64 of them, an fp32 number for 64 x 256
         frozen += sum(w.numel() // 2 + w.numel() // 64 + w.numel() // 64 // 64 for w in rounded)
     largest = 2 * max((w.numel() for w in rounded), default=0)
-    base = total - trained if "lora" in plan.method else total
-    head = model.get_output_embeddings().weight
-    if plan.config.tie_word_embeddings and head is not model.get_input_embeddings().weight:
-        base -= head.numel()  # of the copy that untying made
+    head, is_lora = model.get_output_embeddings().weight, "lora" in plan.method
+    base = total - trained if is_lora else total
+    is_copy = plan.config.tie_word_embeddings and head is not model.get_input_embeddings().weight
+    base -= head.numel() * (is_copy and not is_lora)  # untied; LoRA's copy is among the trained
     sizes = {"total": total, "base": base, "trained": trained, "frozen": frozen}
-    return SimpleNamespace(**sizes, largest=largest, idle=idle(plan, model))
+    sizes |= {"head": head.numel() * head.requires_grad, "largest": largest}
+    return SimpleNamespace(**sizes, idle=idle(plan, model))
 
 
 def idle(plan, model):

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -29,7 +30,8 @@ SEVEN = json.loads(MODELS.read_text("utf-8"))["models"] if MODELS.exists() else 
 # Operations a second: what an H200 is advertised with in 16 bit (dense) and in fp32; the share of
 # it that we assume; less where weights are unpacked from 8 or 4 bit again and again.
 FLOPS, FP32_FLOPS, SHARE, ROUNDED_SHARE = 989e12, 67e12, 0.3, 0.15
-# Operations per parameter and token: 2 forward, 2 for gradients of activations, 2 of weights.
+# Operations per parameter and token: 2 forward, 2 for gradients of activations, 2 of weights. Where
+# not all are trained, minutes() adds the last for what is.
 OPERATIONS = {"full": 6, "last_layer": 2, "lora": 4, "lora_8bit": 4, "qlora": 4}
 START_MINUTES, MOST_HOURS = 30, 168  # Python, reading weights and data, saving; ABCI's limit
 POINTS = {"rt_HG": 3, "rt_HF": 16}  # an hour of a node, standard use; see ABCI's tariff
@@ -157,14 +159,18 @@ def minutes(args, tokens):
     if args.train not in ("last_layer", "last_block"):
         operations += 2
     operations += 2 * (args.trainer == "dpo")  # the reference
-    return operations * (args.counts.base - args.counts.idle) * tokens / speed / 60
+    operations *= args.counts.base - args.counts.idle
+    # Gradients of the weights: a head alone can be most of a model. Adapters are small.
+    learned = {"full": 0, "last_layer": args.counts.trained}.get(args.method, args.counts.head)
+    operations += (4 if args.train == "last_block" else 2) * learned  # it has activations above
+    return operations * tokens / speed / 60
 
 
 # ---- What it prints ----
 
 
 def qsub_line(args, hours):
-    """The command that submits it, from the top directory."""
+    """The command that submits it, from here."""
     folder = TRAINERS[args.trainer] or FOLDERS.get(args.method, "finetune_lora")
     short = next((s for s, entry in SEVEN.items() if entry["hub_id"] == args.job_model), None)
     # Its tokenizer is refused until it is converted, into this directory.
@@ -202,7 +208,9 @@ def qsub_line(args, hours):
     nodes = f" -l select={args.nodes}" if args.nodes > 1 else ""
     where = f"-q {args.queue}{nodes} -l walltime={hours}:00:00"
     job = "job_multinode.sh" if nodes else "job.sh"
-    return f"cd {folder} && qsub -P GROUP {where} -v {variables} {job}"
+    way = os.path.relpath(HERE / folder)
+    enter = "" if way == "." else f"cd {shlex.quote(way)} && "
+    return f"{enter}qsub -P GROUP {where} -v {variables} {job}"
 
 
 def step_tokens(args):

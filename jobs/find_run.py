@@ -15,6 +15,7 @@ import yaml
 from check_arguments import check_arguments
 from run_common import check, read_deadline, say
 from run_files import check_lock, find_checkpoints, find_complete, take_lock, what_lacks
+from template_day import keep_day
 
 # Arguments that change no weight, by their beginnings; some only where no evaluation matters.
 LED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
@@ -39,6 +40,7 @@ def find_run(script, training, given, source):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # or a rank may end by SIGABRT
         raise SystemExit(0)
+    found[1]["day"] = keep_day(training.output_dir, *found)
     return found
 
 
@@ -135,7 +137,7 @@ def describe(script, source):
     uses += [("template", file) for file in [script.chat_template or ""] if Path(file).is_file()]
     text, here = Path(source).read_text("utf-8"), Path(__file__)
     held = [name for name in PARTS if f"from {name} import" in text or f"import {name}\n" in text]
-    held.append("chat_turns")
+    held += ["chat_turns", "keep_model"]
     uses += [("script", file) for file in [source, *(here.with_name(f"{n}.py") for n in held)]]
     described = []
     for use, file in uses:

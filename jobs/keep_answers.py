@@ -19,6 +19,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import template_day
 from chat_turns import find_template, plain  # noqa: F401 -- for generate_text.py
 from model_text import start_of_answer as behind_the_marks
 from run_common import check, fail, read_deadline
@@ -28,6 +29,17 @@ from run_common import check, fail, read_deadline
 def note(name, text):
     if os.environ.get("RANK", "0") == "0":
         print(f"{name:<11}{text}", file=sys.stderr)  # stdout holds answers only
+
+
+def set_template(name, args, tokenizer, note, given):
+    """As find_template; answers that were begun on another day go on with that day's prompts."""
+    if args.output_file:
+        output, day = Path(args.output_file).resolve(), None
+        if output.exists() or Path(f"{output}.tmp").exists() or partial_files(args):
+            with suppress(OSError, ValueError, AttributeError):
+                day = json.loads(Path(f"{output}.settings.json").read_text("utf-8")).get("day")
+        template_day.set_day(day)
+    find_template(name, args.chat_template, tokenizer, note, given)
 
 
 def claim_output(args, precision, prompts, script):
@@ -82,6 +94,7 @@ def describe(args, precision, prompts, script):
     text = Path(args.prompt_file).read_bytes() + json.dumps(prompts).encode()
     settings = vars(args) | {"precision": precision, "prompts": hashlib.sha256(text).hexdigest()}
     settings["script"] = hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]
+    settings["day"] = template_day.LAST.get("day")  # or None: the template writes none
     free = "device_map prompt_file output_file deadline rank ranks slowest looked".split()
     # In 16 and 8 bit, near ties can hang on the batch.
     if precision == "fp32" and not (args.do_sample or args.load_in_8bit):
@@ -126,11 +139,13 @@ def start_of_answer(args, tokenizer, ids):
 
 
 def prepare(config, options):
-    """The class to load a model by, and what is not to be rounded, as in training."""
-    from published import auto_class, keep_read_past
+    """What to load a model by, and what is not to be rounded, as in training."""
+    from published import keep_read_past, loader
 
     keep_read_past(config, options)
-    return auto_class(config)
+    if hasattr(config.get_text_config(), "output_router_logits"):
+        config.get_text_config().output_router_logits = False  # for a loss; padding breaks it
+    return loader(config)
 
 
 def share_quantised(args, model, layers):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers
+from keep_model import keep_ends, read_pads, set_pads
 from keep_run import KeepRun
 from model_text import start_of_answer
 from run_common import check, fail, say
@@ -64,16 +65,15 @@ class RewardTrainer(GRPOTrainer):
         self.takes_positions = "position_ids" in known
         turn_off_dropout(model)
         trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
-        configs = [model.config.get_text_config(), model.generation_config]
-        pads, beta, args.beta = [c.pad_token_id for c in configs], args.beta, 0.0
+        keep_ends(model.generation_config, self.base.name_or_path)  # TRL reads now where to stop
+        pads, beta, args.beta = read_pads(model), args.beta, 0.0
         # With a beta, TRL would double the adapter, or load a reference its own way. It sets a
         # padding token: in a copy of the tokenizer, since the result is to be saved with ours.
         super().__init__(
             model, self.score, args, data["prompts"], processing_class=deepcopy(tokenizer)
         )
         self.processing_class, self.beta, args.beta = tokenizer, beta, beta
-        for config, pad in zip(configs, pads, strict=True):
-            config.pad_token_id = pad
+        set_pads(pads)
         for weight, data in trained:  # TRL rounds what stands on a quantised base to bf16
             if weight.dtype != data.dtype:
                 weight.data = data.to(weight.device)

@@ -23,6 +23,7 @@ from chat_marks import plain  # noqa: F401 -- for scripts
 from chat_turns import find_template  # noqa: F401
 from check_arguments import check_tokens, read_words, refuse, settle  # noqa: F401
 from find_run import find_run  # noqa: F401
+from keep_model import drop_other_losses, keep_ends, read_pads, set_pads, tell_tokenizer
 from model_layers import freeze_beside_text  # noqa: F401
 from prepare_data import from_generator  # noqa: F401
 from published import check_own_code, prepare  # noqa: F401
@@ -52,7 +53,9 @@ class KeepRun(transformers.TrainerCallback):
         self.base = given["model_name_or_path"]
         self.keep = given.get("save_total_limit") or sys.maxsize
         keep_ends(trainer.model.generation_config, self.base)
+        drop_other_losses(trainer.model)
         check_own_code(trainer)
+        self.pads = read_pads(trainer.model)
         weights, trained = run["total_parameters"], run["trainable_parameters"]
         moments = (2 if "8bit" in args.optim else 8) + 8 * bool(args.deepspeed)
         if hasattr(trainer.model, "peft_config"):
@@ -63,6 +66,7 @@ class KeepRun(transformers.TrainerCallback):
         if not (trainer.is_deepspeed_enabled or hasattr(trainer.model, "peft_config")):
             trainer._load_best_model = partial(load_best_model, trainer)
         self.reason, self.is_agreed, self.evaluating = None, False, 0
+        self.has_evaluated, self.first = False, None
         self.saving, self.longest, self.last = self.save_bytes / 5e8, 0, time.time()  # 0.5 GB/s
         rows = trainer.train_dataset
         lengths = rows["length"][:] if "length" in rows.column_names else [1] * len(rows)
@@ -118,6 +122,7 @@ class KeepRun(transformers.TrainerCallback):
         (output_dir / "all_results.json").unlink(missing_ok=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        set_pads(self.pads)  # Trainer has just put in the tokenizer's
         # The checkpoint to go on from is read: what a kill left behind it is of no use any more.
         for path in Path(args.output_dir).glob("checkpoint-*.incomplete"):
             if read_mark(path).get("run") == self.run_id and state.is_world_process_zero:
@@ -154,14 +159,37 @@ class KeepRun(transformers.TrainerCallback):
         now, accelerator = time.time(), self.trainer.accelerator
         self.longest, self.last = max(self.longest, now - self.last), now
         needed = 10 + self.saving + self.evaluating + 2 * self.longest
+        first = self.first_evaluation(args, state, now)
         if accelerator.is_main_process and Path(args.output_dir, "STOP").exists():
             self.reason = "STOP"
-        elif accelerator.is_main_process and now + needed > args.deadline:
-            self.reason = "DEADLINE"
+        elif accelerator.is_main_process and now + needed + first > args.deadline:
+            why = f" (an evaluation may take {math.ceil(first / 60)} min)" * (first > 0)
+            self.reason = f"DEADLINE{why}"
         if self.reason:
             accelerator.set_trigger()
         if accelerator.check_trigger():  # the same on all ranks
             self.is_agreed = control.should_save = True
+
+    def first_evaluation(self, args, state, now):
+        """Seconds that an evaluation in the next step may take, while none has been measured.
+
+        Half of what as many rows took in training, but for this job's first step, which warms up.
+        """
+        rows, step = self.trainer.eval_dataset, state.global_step + 1
+        self.first = self.first or (state.global_step, now)
+        steps, seconds = state.global_step - self.first[0], now - self.first[1]
+        is_off = rows is None or args.eval_strategy == "no"
+        if is_off or self.has_evaluated or self.evaluating or not steps:
+            return 0
+        if args.eval_strategy == "steps":
+            is_near = step % state.eval_steps == 0
+        else:  # the next step ends an epoch
+            is_near = state.epoch % 1 + state.epoch / state.global_step > 0.999
+        size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        return (is_near or step == state.max_steps) * seconds / steps / size * len(rows) / 2
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.has_evaluated = True  # from now on it is in the longest step
 
     def mark(self, args, state, control):
         """Put this run's mark into a checkpoint before anybody writes to it."""
@@ -197,14 +225,6 @@ class KeepRun(transformers.TrainerCallback):
             for name in ("STOP", "lock") if state.is_world_process_zero else ():
                 Path(args.output_dir, name).unlink(missing_ok=True)
             leave(f"by {self.reason or 'SIGTERM'} after step {state.global_step}, which is saved")
-
-
-def keep_ends(settings, base):
-    """Where the makers name several ends, such as that of a tool's call, keep them, too."""
-    with suppress(Exception):  # a model may come without such settings
-        ends = transformers.GenerationConfig.from_pretrained(base).eos_token_id
-        if isinstance(ends, list):  # a number alone may be a class's default, and no end at all
-            settings.eos_token_id = sorted({*settings.eos_token_id, *ends})
 
 
 def draw_nothing(evaluate):
@@ -268,19 +288,3 @@ def hold(training, run):
         (output_dir / "lock").unlink(missing_ok=True)
         with suppress(Exception):  # the result is saved; a note must not cost it
             tell_tokenizer(output_dir)
-
-
-def tell_tokenizer(directory):
-    """Say in README.md how the result's tokenizer is read where AutoTokenizer reads another."""
-    own = transformers.TokenizersBackend.from_pretrained(directory)  # tokenizer.json as it stands
-    text = "It's WE'LL 1234567  ｱＡＢ鬱😀\n\n\n" + own.decode([*range(0, len(own), 7)])
-    with suppress(TypeError):  # a class may not even take in the file
-        plain = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        if plain(text)["input_ids"] == own(text)["input_ids"]:
-            return
-    file = directory / "README.md"
-    before = file.read_text("utf-8") if file.exists() else ""
-    if "PreTrainedTokenizerFast" not in before:
-        call = "PreTrainedTokenizerFast.from_pretrained(DIR)"
-        note = f"AutoTokenizer gives other ids than tokenizer.json here. Type\n\n    {call}"
-        file.write_text(f"{before}\n# Tokenizer\n\n{note}\n", "utf-8")

@@ -156,11 +156,23 @@ def prepare_rounded(model, script, training):
         if training.activation_checkpointing:
             # On a GPU each layer keeps its input where autograd does not see it, and checkpointing
             # would save little, were there no first pass without a graph.
-            given = {**(training.activation_checkpointing_kwargs or {}), "use_reentrant": True}
+            given, is_shared = training.activation_checkpointing_kwargs, shares_keys(model.config)
+            given = {**(given or {}), "use_reentrant": not is_shared}
+            if is_shared:
+                say("note", "layers share keys and values: checkpointing saves little in 8 bit")
             training.activation_checkpointing_kwargs = given
             training.gradient_checkpointing_kwargs = given  # TRL goes by the old name
             model.enable_input_require_grads()
     return f"{share:.1%} of the layers' weights rounded"
+
+
+def shares_keys(config):
+    """Whether layers take keys and values from a layer before, beside their input.
+
+    Reentrant checkpointing, whose first pass has no graph, would lose the gradients of these.
+    """
+    modes = getattr(config.get_text_config(), "kv_sharing_modes", None) or []
+    return any("reuse" in str(mode) for mode in modes)
 
 
 def prepare_8bit(layers, dtype):
@@ -256,10 +268,12 @@ def say_rounding(adapter, model):
     run = adapter.absolute()
     record = (run.parent if run.name.startswith("checkpoint-") else run) / "run_args.yaml"
     text, kinds = record.read_text("utf-8") if record.is_file() else "", {}
-    for name, dtype in {"bf16": "bfloat16", "fp16": "half"}.items():
+    for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16}.items():
         if f"precision: {name}" in text:  # what does not change was published in as few bits
-            weights = [weight for weight in model.parameters() if weight.is_floating_point()]
-            kinds[name] = any((getattr(w, dtype)().float() != w).any() for w in weights)
+            fine = "|".join(model._get_dtype_plan(dtype)).replace("*", ".*") or "$^"  # stay in fp32
+            weights = [w for n, w in model.named_parameters() if not re.search(fine, n)]
+            weights = [w for w in weights if w.is_floating_point()]
+            kinds[name] = any((w.to(dtype).float() != w).any() for w in weights)
     kinds |= {f"{bits} bit": f"load_in_{bits}bit: true" in text for bits in (8, 4)}
     if coarse := [kind for kind, is_rounded in kinds.items() if is_rounded]:
         why = f"trained on the base in {coarse[-1]}, whose rounding is gone now"

@@ -9,6 +9,7 @@ from collections import defaultdict
 from dataclasses import fields
 
 import torch
+from keep_model import read_pads, set_pads
 from run_common import check, fail, say
 from script_parts import peak_memory
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -49,11 +50,10 @@ class FineTuner(DPOTrainer):
         check(kind in zeros and not others, problem)
         self.at_zero = zeros[kind]
         kept = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
-        owners = data["processing_class"], model.config.get_text_config(), model.generation_config
-        pads = [owner.pad_token_id for owner in owners]
+        tokenizer, pads = data["processing_class"], read_pads(model)
+        pads.append((tokenizer, tokenizer.pad_token_id))
         super().__init__(model, reference, args, *more, **data)
-        for owner, pad in zip(owners, pads, strict=True):  # a model that is loaded with a pad
-            owner.pad_token_id = pad  # token, often EOS, does not train its embedding any more
+        set_pads(pads)
         if "ref" in getattr(model, "peft_config", ()):  # the copy of an adapter that adds nothing
             model.delete_adapter("ref")
         for name, weights in kept.items():  # adapters on a quantised base would be bf16

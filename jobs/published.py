@@ -4,16 +4,20 @@ The scripts reach it through keep_run.py and keep_answers.py.
 """
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import torch
 import transformers
-from model_layers import READ_PAST, weigh_layers
-from run_common import check, say
+from accelerate import init_empty_weights
+from keep_model import tell_tokenizer  # noqa: F401 -- for merge_lora.py
+from model_layers import READ_PAST, say_rounding, weigh_layers  # noqa: F401 -- for merge_lora.py
+from run_common import check, fail, say
 from torch.nn.functional import cross_entropy
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.base import get_keys_to_not_convert
 
 UNPACKED = ("mxfp4", "fp8", "mxfp8", "compressed-tensors")
+REMEDY = "Leave --trust_remote_code out, or take a model that transformers knows."
 
 
 def prepare(config, path, options):
@@ -29,7 +33,44 @@ def prepare(config, path, options):
         say("unpacked", f"the weights are published in {kind}; what is saved is not")
         stored["dequantize"] = True
     keep_read_past(config, options)
-    return auto_class(config)
+    return loader(config)
+
+
+def loader(config):
+    """What loads a model: its class; for a repository's own code, with tables made again."""
+    load = auto_class(config)
+    if not hasattr(config, "auto_map"):
+        return load
+
+    def from_pretrained(*args, **options):
+        model, info = load.from_pretrained(*args, **options)
+        remake_tables(model)
+        return model, info
+
+    return SimpleNamespace(from_pretrained=from_pretrained, from_config=load.from_config)
+
+
+def remake_tables(model):
+    """Compute anew what a repository's own code computes at its start, such as rotary angles.
+
+    Of tables that no file holds, from_pretrained of transformers 5 keeps the shape alone: what
+    stands in memory there would be taken for numbers (transformers#48892).
+    """
+    tables = dict(model.named_non_persistent_buffers())
+    is_own = type(model).__module__.startswith("transformers_modules")
+    if not (is_own and tables) or is_deepspeed_zero3_enabled():  # that computes them itself
+        return
+    try:  # weights that take no memory, but real tables; no random number is used up
+        with torch.random.fork_rng([]), init_empty_weights(include_buffers=False):
+            twin = type(model)._from_config(deepcopy(model.config))
+        for name, table in twin.named_non_persistent_buffers():
+            if name in tables:  # a quantiser may have put another module there
+                tables[name].copy_(table)
+        away = [name for name, table in tables.items() if table.is_meta]
+        check(not away, f"has {away} on no device.")
+    except Exception as error:  # of a repository's code, anything
+        problem = f"cannot compute {', '.join(tables)} again ({error!r})"
+        fail(f"this repository's own code {problem}. {REMEDY}")
 
 
 def auto_class(config):
@@ -78,5 +119,4 @@ def check_own_code(trainer):
     except Exception as error:  # of a repository's code, anything
         is_good, problem = False, f"does not take what is needed here ({error!r})"
     model.train(was_training)
-    remedy = "Leave --trust_remote_code out, or take a model that transformers knows."
-    check(is_good, f"this repository's own code {problem}. {remedy}")
+    check(is_good, f"this repository's own code {problem}. {REMEDY}")

@@ -93,9 +93,12 @@ def other_ids(args, row):
 
 def saved_ends(name):
     """eos_token_id of generation_config.json, else of config.json, as a list."""
+    from transformers.utils import cached_file  # of a directory and of a hub name
+
+    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     for file in ("generation_config.json", "config.json"):
-        if Path(name, file).is_file():
-            ids = json.loads(Path(name, file).read_text("utf-8")).get("eos_token_id")
+        if path := cached_file(name, file, **dict.fromkeys(quiet, False)):
+            ids = json.loads(Path(path).read_text("utf-8")).get("eos_token_id")
             if ids is not None:
                 return ids if isinstance(ids, list) else [ids]
     return []
@@ -111,7 +114,7 @@ def compare(given, args, tokenizer, ours, theirs, ends, their_ends):
             place += 1
         yield f"AutoTokenizer from id {place} on: {' '.join(map(str, theirs[place:][:12]))} ..."
     missing = sorted({*ends} - {*their_ends})
-    if missing and Path(args.model_name_or_path).is_dir():
+    if missing:
         words = " ".join(str(tokenizer.convert_ids_to_tokens(i)) for i in missing)
         yield f"generation_config.json does not end at {words} ({', '.join(map(str, missing))})"
 

@@ -212,6 +212,16 @@ def test_what_goes_with_the_model_is_kept(script, checkpoints, tmp_path):
                      "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
 
 
+def test_a_template_beside_the_tokenizer_is_kept(script, checkpoints, tmp_path):
+    """Of a processor, in its own file: the tokenizer neither reads nor writes it."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(checkpoints["llama"], base)
+    template = json.dumps({"chat_template": "{{ messages[0].content }}"})
+    (base / "chat_template.json").write_text(template)
+    run(script, base, out)
+    assert (out / "chat_template.json").read_text() == template
+
+
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 

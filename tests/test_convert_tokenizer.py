@@ -219,6 +219,97 @@ def test_any_path(script, checker, repositories, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "日本語.d" / "日本語.model" / "tokenizer.json").is_file()
 
 
+CHAT = {"<|im_start|>": 0, "<|im_end|>": 1}  # as many places behind the vocabulary
+LATE = {**CHAT, "<tool>": 2}
+
+
+def add_to(directory, first, named, rows, flags=None):
+    """Name tokens beside the vocabulary, as older repositories (or `flags`: newer ones) do."""
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"eos_token": "<|im_end|>"}
+    if flags:
+        added = {first + i: {"content": text, **flags} for text, i in named.items()}
+        config["added_tokens_decoder"] = added
+    else:
+        places = {text: first + i for text, i in named.items()}
+        (directory / "added_tokens.json").write_text(json.dumps(places))
+    path.write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps({"vocab_size": rows}))
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+@pytest.mark.parametrize("kind", ["unigram llama", "openllama", "tokenizer.json"])
+def test_tokens_of_other_files(script, repositories, kind, is_decoder, tmp_path, capsys):
+    """Those with a row get their ids, and are one token each; the rest is named, with the reason."""
+    old, new = shutil.copytree(repositories["openllama"], tmp_path / "old"), tmp_path / "new"
+    if kind == "tokenizer.json":
+        script.main(["--model_name_or_path", str(old), "--output_dir", str(tmp_path / "exact")])
+        old = tmp_path / "exact"
+    elif kind == "unigram llama":
+        old = shutil.copytree(repositories[kind], tmp_path / "unigram")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(old / "tokenizer.model"))
+    first = model.vocab_size()
+    flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False}
+    add_to(old, first, LATE, first + 2, flags if is_decoder else None)
+    capsys.readouterr()
+    script.main(["--model_name_or_path", str(old), "--output_dir", str(new)])
+    out = capsys.readouterr().out
+    reason = f"its id {first + 2} is past the embedding's {first + 2:,} rows"
+    assert [line for line in out.splitlines() if line.startswith("left out")] == [
+        f"left out   <tool>: {reason}"
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(new)
+    assert len(tokenizer) == first + 2
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", first + 1)
+    text = "<|im_start|>東京<|im_end|>"
+    assert ids_of(tokenizer, text) == [first, *model.encode("東京"), first + 1]
+    assert "<|im_end|>" not in tokenizer.decode(first + 1, skip_special_tokens=True)
+    rest = ["<|im_start|>"] * (not is_decoder)  # special is what a role or a flag says
+    assert tokenizer.batch_decode([[first]], skip_special_tokens=True) == (rest or [""])
+
+
+def test_tokens_without_a_row_or_an_id(script, repositories, tmp_path, capsys):
+    """What cannot be added is named with its own reason; wrong ids and gaps are refused."""
+    source = repositories["openllama"]
+    first = sentencepiece.SentencePieceProcessor(str(source / "tokenizer.model")).vocab_size()
+    for number, (named, rows, line) in enumerate([
+        (CHAT, first + 1, f"eos_token <|im_end|>: its id {first + 1} is past the embedding's"),
+        (CHAT, 0, "<|im_start|>: config.json does not tell how many rows there are"),
+        ({}, first + 2, "eos_token <|im_end|>: the model has no such piece, and no file gives"),
+        ({"<|im_end|>": 1}, first + 2, f"give <|im_end|> the id {first + 1}, its vocabulary {first}"),
+        ({"<s>": 1}, first + 2, f"give <s> the id {first + 1}, its vocabulary 1"),
+    ]):  # fmt: skip
+        old, new = tmp_path / f"old{number}", tmp_path / f"new{number}"
+        shutil.copytree(source, old)
+        add_to(old, first, named, rows)
+        words = ["--model_name_or_path", str(old), "--output_dir", str(new)]
+        if number < 3:
+            script.main(words)
+            assert f"left out   {line}" in capsys.readouterr().out
+            assert AutoTokenizer.from_pretrained(new).eos_token == "</s>"
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                script.main(words)
+            error = capsys.readouterr().err
+            assert (stopped.value.code, error.count("\n")) == (2, 1) and line in error
+            assert not new.exists()
+
+
+def test_a_named_piece_of_a_tokenizer_json_is_one_token(script, repositories, tmp_path):
+    """Its vocabulary holds the token already, but only tokenizer_config.json calls it one."""
+    exact, new = tmp_path / "exact", tmp_path / "new"
+    source = repositories["openllama"]
+    script.main(["--model_name_or_path", str(source), "--output_dir", str(exact)])
+    path = exact / "tokenizer.json"
+    file = json.loads(path.read_text())
+    first = len(file["model"]["vocab"])
+    file["model"]["vocab"]["<|im_start|>"] = first
+    path.write_text(json.dumps(file))
+    add_to(exact, first, {"<|im_start|>": 0}, first + 1, {"special": False})
+    script.main(["--model_name_or_path", str(exact), "--output_dir", str(new)])
+    assert ids_of(AutoTokenizer.from_pretrained(new), "<|im_start|>") == [first]
+
+
 def test_wrong_conversion_is_refused(script, repositories, monkeypatch, tmp_path, capsys):
     """The comparison is with sentencepiece itself: scores that are a little off are noticed, and nothing is written."""
     scores = script.unigram_scores

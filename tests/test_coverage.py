@@ -3,11 +3,17 @@ the grid in coverage_grid.py, which matrix.py runs whole.
 """
 
 import json
+from types import SimpleNamespace
 
+import check_arguments
 import coverage_grid as grid
+import families
+import model_layers
 import pytest
+import seven_grid
 import torch
-from conftest import ROOT, load_script
+from conftest import ROOT, ROWS, load_script, make_tokenizer, write_jsonl
+from safetensors.torch import load_file
 from test_finetune_full import refused
 from test_finetune_lora import run
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -134,3 +140,112 @@ def test_a_form_that_cannot_be_unpacked(bases, train_file, tmp_path, capsys):
     config.save_pretrained(base)
     line = refused(load_script(LORA), capsys, [*words, "--load_in_4bit", "true"])
     assert "is published in fp8, which cannot be trained so. Leave --load_in_..." in line
+
+
+# ---- What the published settings add to a loss, and what checkpointing takes from gradients ----
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss", "qwen3_vl_moe", "bamba"])
+@pytest.mark.parametrize("lesson", ["full", "lora"])
+def test_no_loss_of_routers(lesson, kind, tmp_path):
+    """Loss and evaluation are means over tokens, in whatever batches; the settings stay."""
+    model, parts = families.make(kind, tmp_path / "model"), {}
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    text = config.get("text_config", config)
+    text |= {"output_router_logits": True, "router_aux_loss_coef": 0.5, "z_loss_coefficient": 0.5}
+    file.write_text(json.dumps(config))
+    net, tokenizer = families.load(kind, model)[0], seven_grid.tokens(model)
+    for part in (net.config, net.config.get_text_config()):
+        part.output_router_logits = False
+    wanted = seven_grid.token_mean(net, tokenizer)
+    data = write_jsonl(tmp_path / "d.jsonl", ROWS)
+    for size, count in ((2, 4), (7, 1)):
+        out = tmp_path / f"{size}"
+        words = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", count]
+        words += ["--validation_file", data, "--eval_strategy", "steps", "--eval_steps", 1]
+        words += ["--per_device_eval_batch_size", size, "--learning_rate", 0, "--max_steps", 1]
+        run(load_script(FULL if lesson == "full" else LORA), model, data, out, *words)
+        parts[size] = json.loads((out / "all_results.json").read_text())
+        for name in ("train_loss", "eval_loss"):
+            assert parts[size][name] == pytest.approx(wanted, abs=1e-4), (size, name)
+    if lesson == "full":
+        saved = json.loads((out / "config.json").read_text())
+        saved = saved.get("text_config", saved)
+        for name in ("output_router_logits", "router_aux_loss_coef", "z_loss_coefficient"):
+            assert saved[name] == text[name], name
+
+
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory):
+    """{kind: checkpoint} whose last two of four layers take keys and values from those before."""
+    made, tokenizer = {}, make_tokenizer()
+    more = {"num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    more |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    for kind in ("gemma3n_text", "gemma4_text"):
+        sparse = {"activation_sparsity_pattern": [0.0] * 4} if kind == "gemma3n_text" else {}
+        settings = families.text_config(kind, len(tokenizer), more | sparse)
+        settings.pop("per_layer_config", None)
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **settings)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            is_norm = parameter.ndim == 1 and "norm" in name
+            torch.nn.init.normal_(parameter, mean=float(is_norm), std=0.15)
+        made[kind] = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(made[kind])
+        tokenizer.save_pretrained(made[kind])
+    return made
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_checkpointing_in_8bit_where_layers_share(kind, sharing, tmp_path, capsys):
+    """The gradients of keys and values that later layers take are those without checkpointing."""
+    words = "--load_in_8bit true --max_steps 1 --logging_steps 1 --optim sgd --max_grad_norm 0"
+    words += " --learning_rate 1 --lr_scheduler_type constant --per_device_train_batch_size 2"
+    words, norms = [*words.split(), "--save_strategy", "no"], []
+    data = write_jsonl(tmp_path / "d.jsonl", ROWS[:2])
+    for on in ("false", "true"):
+        more = [*words, "--activation_checkpointing", on]
+        run(load_script(LORA), str(sharing[kind]), data, tmp_path / on, *more)
+        note = "note       layers share keys and values: checkpointing saves little in 8 bit"
+        assert (note in capsys.readouterr().out) == (on == "true")
+        state = json.loads((tmp_path / on / "trainer_state.json").read_text())
+        norms.append(state["log_history"][0]["grad_norm"])
+    plain, again = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("false", "true")
+    )
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    for name in [name for name in plain if "lora_B" in name]:
+        assert (plain[name] - again[name]).norm() <= 0.02 * plain[name].norm(), name
+
+
+@pytest.mark.parametrize("lesson", ["full", "lora", "lastlayer", "dpo", "grpo"])
+def test_reentrant_checkpointing_where_layers_share(lesson, sharing, train_file, tmp_path, capsys):
+    script = load_script(ROOT / f"finetune_{lesson}" / f"finetune_{lesson}.py")
+    words = ["--model_name_or_path", sharing["gemma4_text"], "--train_file", train_file]
+    words += ["--output_dir", tmp_path / "out", "--activation_checkpointing", "true"]
+    for option in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        line = refused(script, capsys, [*words, f"--{option}", '{"use_reentrant": true}'])
+        assert "share keys and values: use_reentrant loses their gradients. Leave it out." in line
+
+
+def test_what_shares_keys_and_values(sharing, monkeypatch, capsys):
+    """By its settings, within a composite, too; and where TRL asks for it by itself."""
+    for kind in ("gemma4", "gemma4_unified"):
+        config = AutoConfig.for_model(kind)
+        assert not model_layers.shares_keys(config)
+        config.get_text_config().num_kv_shared_layers = 2
+        assert model_layers.shares_keys(config)
+    assert model_layers.shares_keys(AutoConfig.for_model("gemma3n"))
+    assert not model_layers.shares_keys(AutoConfig.for_model("llama"))
+    script = SimpleNamespace(model_name_or_path=sharing["gemma4_text"], trust_remote_code=False)
+    training = SimpleNamespace(activation_checkpointing=True, activation_checkpointing_kwargs=None)
+    monkeypatch.setattr(check_arguments, "is_deepspeed_zero3_enabled", lambda: True)
+    check_arguments.check_reentrant(script, training)
+    script.beta, script.full = 0.1, True
+    check_arguments.check_reentrant(script, training)
+    script.full = False
+    with pytest.raises(SystemExit):
+        check_arguments.check_reentrant(script, training)
+    assert "Take zero2.json, or no checkpointing." in capsys.readouterr().err

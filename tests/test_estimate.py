@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import json
+import random
 import re
 import shlex
 import sys
@@ -18,8 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 import trl.trainer.utils
-from conftest import ROOT, load_script, write_jsonl
+from conftest import ROOT, load_script, make_tokenizer, write_jsonl
+from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 sys.path.append(str(ROOT / "jobs"))
@@ -275,6 +278,55 @@ def test_rounded_weights_to_the_byte(method, tmp_path):
     assert counts.frozen == total + size(others)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # a head of its own, and a tied one
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_head_beside_an_adapter(kind, method, tmp_path):
+    """Trained as a whole it is a copy of its own: the base stays as it is, and as many bytes."""
+    config = tiny_config(kind)
+    model = AutoModelForCausalLM.from_config(config)
+    words = ["--method", method, "--precision", "bf16"]
+    plans = [plan_of(tmp_path, copy.deepcopy(config), *words)]
+    plans += [plan_of(tmp_path, copy.deepcopy(config), *words, "--modules_to_save", "lm_head")]
+    plain, whole = map(count_memory.count, plans)
+    head = model.get_output_embeddings().weight.numel()
+    assert plain.base == whole.base == sum(p.numel() for p in model.parameters())
+    assert whole.trained - plain.trained == whole.head == head and plain.head == 0
+    assert plain.frozen == whole.frozen
+
+
+PARTS = {  # what is trained, in the words of the project, and the names of it
+    "--method full": "",
+    "--method last_layer": r"lm_head",
+    "--method last_layer --train last_block": r"lm_head|layers\.2\.|model\.norm",
+    "--method lora --lora_r 1": None,
+    "--method lora --lora_r 1 --modules_to_save lm_head": None,
+}
+
+
+@pytest.mark.parametrize("words", PARTS)
+def test_operations_as_torch_counts_them(words, tmp_path):
+    """A model that is mostly vocabulary, whose embedding is a product, since it is tied."""
+    from peft import LoraConfig, get_peft_model
+
+    config = tiny_config("qwen3")
+    config.vocab_size = 4000
+    args = plan_of(tmp_path, copy.deepcopy(config), "--max_length", 8, *words.split())
+    args.counts = count_memory.count(args)
+    computed = estimate.minutes(args, 32) * 60 * estimate.FP32_FLOPS * estimate.SHARE
+    if PARTS[words] is None:
+        whole = ["lm_head"] if "modules_to_save" in words else None
+        lora = LoraConfig(r=1, target_modules="all-linear", modules_to_save=whole)
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+    else:
+        model = real_model(config, args.method)
+        for name, weight in model.named_parameters():
+            weight.requires_grad = bool(re.search(PARTS[words], name))
+    ids = torch.zeros(4, 8, dtype=torch.long)
+    with FlopCounterMode(display=False) as counted:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert computed == pytest.approx(counted.get_total_flops(), rel=0.06)
+
+
 @pytest.mark.parametrize("stage", count_memory.STAGES)
 def test_stages_are_those_of_the_lesson(stage, tmp_path):
     """As deepspeed_configs/draw.py counts them; DDP's second gradients are communication here."""
@@ -383,9 +435,9 @@ def test_the_line_to_type(tmp_path, capsys, monkeypatch, small):
         where = ["--model_name_or_path", "model", "--train_file", "my.jsonl", "--method", method]
         out = run(capsys, *where, "--max_length", 128, *more)
         words = shlex.split(out.split("type ")[1])
-        folder = ROOT / words[1]
+        folder = (tmp_path / words[1]).resolve()  # from where it was typed
         assert words[:1] + words[2:4] == ["cd", "&&", "qsub"]
-        script = load_script(folder / f"{words[1]}.py")
+        script = load_script(folder / f"{folder.name}.py")
         assert re.search(r"-l walltime=\d+:00:00 ", out)
         assert ("select=2" in out) == (method == "full") == words[-1].endswith("multinode.sh")
         job = (folder / words[-1]).read_text("utf-8")
@@ -480,6 +532,58 @@ def test_data_is_counted_roughly(tmp_path):
         tokens, longest = count_tokens.look_at_data(args)
         assert longest == 50  # the longer ones are cut
         assert tokens == pytest.approx(2000 * (30 + 50) / 2, rel=0.1)
+
+
+def shapes_of_data():
+    """{name: (rows, tokens of a row at most)} that a few rows from all over show badly."""
+    draw = random.Random(0)
+    lengths = [draw.randrange(10, 2000) for _ in range(2000)]
+    few = [draw.choice([1] * 30 + [20000]) for _ in range(3000)]
+    return {"sorted by length": (sorted(lengths), 256), "few very long": (few, 256)}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("shape", ["sorted by length", "few very long"])
+def test_rows_of_all_lengths_are_drawn(shape, kind, tmp_path):
+    """Of 3 bytes a letter, as where no tokenizer is; a row of Parquet is drawn by its place."""
+    lengths, most = shapes_of_data()[shape]
+    rows = [{"prompt": "あ" * length, "completion": "い"} for length in lengths]
+    file = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        Dataset.from_list(rows).to_parquet(file)
+    elif kind == "json":
+        file.write_text(json.dumps(rows), "utf-8")
+    else:
+        write_jsonl(file, rows)
+    args = plan_of(tmp_path / "model", tiny_config("llama"), "--max_length", most)
+    args.train_file = [str(file)]
+    tokens, _ = count_tokens.look_at_data(args)
+    exact = sum(min(most, length + 1 + 1 / 3) for length in lengths)
+    rel = 0.3 if (kind, shape) == ("parquet", "few very long") else 0.05
+    assert tokens == pytest.approx(exact, rel=rel)
+
+
+@pytest.mark.parametrize(
+    "own", [None, "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"]
+)
+def test_chats_are_counted_with_their_template(own, tmp_path):
+    """The model's, or that of the scripts; short turns are mostly template."""
+    args = plan_of(tmp_path / "model", tiny_config("llama"), "--max_length", 256)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = own
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = "<|user|>はい<|assistant|>いいえ" if own else (
+        "### 指示:\nはい\n\n### 応答:\nいいえ<|endoftext|>\n")  # fmt: skip
+    wanted = len(tokenizer(text)["input_ids"])
+    turns = [{"role": "user", "content": "はい"}, {"role": "assistant", "content": "いいえ"}]
+    for number, (row, each) in enumerate([
+        ({"messages": turns}, 1),
+        ({"instruction": "はい", "input": "", "output": "いいえ"}, 1),
+        ({"prompt": turns[:1], "chosen": turns[1:], "rejected": turns[1:]}, 2),
+        ({"chosen": turns, "rejected": turns}, 2),
+    ]):  # fmt: skip
+        args.train_file = [write_jsonl(tmp_path / f"{number}.jsonl", [row] * 50)]
+        assert count_tokens.look_at_data(args) == (50 * wanted * each, wanted), row
 
 
 def test_pairs_are_counted_with_their_prompt(tmp_path):

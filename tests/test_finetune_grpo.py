@@ -267,6 +267,41 @@ def test_answers_end_where_they_end(script, checkpoints, train_file, tmp_path, m
     assert own.get("pad_token") == saved.get("pad_token"), "the result is saved as it came"
 
 
+@pytest.mark.parametrize("full", ["false", "true"])
+def test_answers_end_where_the_makers_end_them(full, script, checkpoints, tmp_path, monkeypatch):
+    """At each of several ends, such as that of a tool's call; after a resume, too."""
+    model, out, batches = tmp_path / "model", tmp_path / "out", []
+    shutil.copytree(checkpoints["gpt2"], model)
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [0, 9]}))
+    new = torch.tensor([[5, 9, 7, 0], [9, 9, 9, 9], [5, 6, 7, 8], [5, 6, 0, 9]] * 2)
+    inner = script.RewardTrainer._generate_and_score_completions
+
+    def keep(trainer, inputs):
+        assert sorted(trainer.generation_config.eos_token_id) == [0, 9]
+        batches.append(inner(trainer, inputs)["completion_mask"].sum(1).tolist())
+        return inner(trainer, inputs)
+
+    def generate(model, input_ids, **_):
+        return torch.cat([input_ids, new], 1)
+
+    monkeypatch.setattr(script, "reward", lambda row, answer: {"length": len(answer)})
+    monkeypatch.setattr(script.RewardTrainer, "_generate_and_score_completions", keep)
+    name = "GPT2LMHeadModel" if full == "true" else "PeftModelForCausalLM"
+    library = "transformers" if full == "true" else "peft"
+    monkeypatch.setattr(f"{library}.{name}.generate", generate)
+    more = [*STEPS.split(), "--max_completion_length", 4, "--max_steps", 2, "--full", full]
+    file = write_jsonl(tmp_path / "t.jsonl", SHORT)
+    out.mkdir()
+    (out / "STOP").touch()
+    with pytest.raises(SystemExit):
+        run(script, model, file, out, *more)
+    run(script, model, file, out, *more)
+    assert batches == [[2, 1, 4, 3] * 2] * 2
+    saved = json.loads((out / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [0, 9]
+
+
 FORMS = {
     "prompt": [{"prompt": row["prompt"], "completion": "x"} for row in ROWS],
     "instruction": [{"instruction": row["prompt"], "input": "甲", "output": "x"} for row in ROWS],

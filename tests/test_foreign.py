@@ -277,12 +277,18 @@ def test_a_name_that_is_no_argument(tmp_path, capsys):
 
 
 def write(path, text):
+    """An edited copy of a script in a directory of its own, with `jobs` beside that."""
+    path.parent.mkdir(exist_ok=True)
+    jobs = path.parent.parent / "jobs"
+    if not jobs.exists():
+        jobs.symlink_to(ROOT / "jobs")
     path.write_text(text)
     return path
 
 
 def test_edits_that_generation_would_not_share(llama, tmp_path, capsys):
     """Other ends in format_row; a CHAT_TEMPLATE beside the model's own; another generate_text.py."""
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")  # beside the copies' directory
     rows = [{"instruction": row["prompt"], "output": row["completion"]} for row in ROWS]
     data = write_jsonl(tmp_path / "d.jsonl", rows)
     text = (ROOT / "finetune_full/finetune_full.py").read_text()
@@ -290,17 +296,17 @@ def test_edits_that_generation_would_not_share(llama, tmp_path, capsys):
     old = 'return "instruction", chat_pieces(turns, tokenizer)'
     new = 'return "instruction", [[(question, False), (answer + "<|im_end|>", True)]]'
     assert text.count(old) == 1
-    script = write(tmp_path / "rows.py", text.replace(old, new))
+    script = write(tmp_path / "lesson" / "rows.py", text.replace(old, new))
     line = refused(script, capsys, *words, "--output_dir", tmp_path / "one")
     assert "row 1: wrong end. Edit the template." in line
     chatml = tmp_path / "chatml"  # whose questions hold the end, too
     tokenizer, _ = published.family("Qwen3 without thoughts", chatml)
     new = 'return "instruction", [[(f"<|im_start|>user\\n{question}<|im_end|>\\n", False), (answer, True)]]'
-    edited = load_script(write(tmp_path / "chatml.py", text.replace(old, new)))
+    edited = load_script(write(tmp_path / "lesson" / "chatml.py", text.replace(old, new)))
     with pytest.raises(SystemExit):
         [*edited.make_examples([data], tokenizer, 999)]
     assert "row 1: wrong end. Edit the template." in capsys.readouterr().err
-    script = write(tmp_path / "template.py", text.replace("### 応答", "### 答え"))
+    script = write(tmp_path / "lesson" / "template.py", text.replace("### 応答", "### 答え"))
     own = tmp_path / "own"
     shutil.copytree(llama, own)
     (own / "chat_template.jinja").write_text(published.LLM_JP)
@@ -310,12 +316,12 @@ def test_edits_that_generation_would_not_share(llama, tmp_path, capsys):
         load_script(script).main([str(word) for word in [*words, *out, *more]])
         assert (said in capsys.readouterr().out) == is_said
     asking = (ROOT / "generate_text/generate_text.py").read_text()
-    script = write(tmp_path / "asking.py", asking)
+    script = write(tmp_path / "lesson" / "asking.py", asking)
     prompts, out = write_jsonl(tmp_path / "p.jsonl", rows[:2]), tmp_path / "answers.jsonl"
     words = ["--model_name_or_path", llama, "--prompt_file", prompts, "--output_file", out]
     load_script(script).main([str(word) for word in [*words, "--max_new_tokens", 2]])
     asking = asking.replace("decode(new[start:end], **plain)", "decode(new[:1], **plain)")
-    script = write(tmp_path / "other.py", asking)
+    script = write(tmp_path / "lesson" / "other.py", asking)
     line = refused(script, capsys, *words, "--max_new_tokens", 2)
     assert "holds other answers: choose another." in line and "script was" in line
 

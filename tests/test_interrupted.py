@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import find_run
 import keep_run
@@ -18,6 +19,7 @@ import yaml
 from conftest import ROOT, ROWS, load_script, write_jsonl
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 SCRIPT = ROOT / "finetune_full" / "finetune_full.py"
 ONCE = "--max_steps 6 --save_steps 2 --logging_steps 1 --per_device_train_batch_size 2 --learning_rate 1e-3"
@@ -684,3 +686,84 @@ def test_no_image_setting_costs_a_training(script, words, tmp_path, monkeypatch)
     monkeypatch.setattr(keep_run, "cached_file", fails)
     assert start(script, *words, *ONCE.split(), "--output_dir", tmp_path / "out") == 0
     assert (tmp_path / "out" / "all_results.json").is_file()
+
+
+LESSONS = {
+    "full": "--save_steps 9",
+    "lastlayer": "--train embed_tokens",
+    "lora": "--modules_to_save embed_tokens",
+    "dpo": "--full true",
+    "grpo": "--full true --num_generations 2 --max_completion_length 4",
+}
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_padding_token_that_is_eos(lesson, checkpoints, tmp_path, capsys):
+    """Trainer would put it into the checkpoint's settings; loaded so, EOS would not be trained."""
+    model, script = tmp_path / "model", ROOT / f"finetune_{lesson}" / f"finetune_{lesson}.py"
+    shutil.copytree(checkpoints["llama"], model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(model)
+    rows = [{"instruction": row["prompt"], "output": row["completion"]} for row in ROWS]
+    if lesson == "dpo":
+        rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "犬"} for r in ROWS]
+    elif lesson == "grpo":
+        rows = [row | {"choices": ["a"], "completion": "a"} for row in rows]
+    words = ["--model_name_or_path", model, "--train_file", write_jsonl(tmp_path / "d.jsonl", rows)]
+    words += "--max_steps 3 --logging_steps 1 --learning_rate 1e-2".split()
+    words += [*"--per_device_train_batch_size 4".split(), *LESSONS[lesson].split()]
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "STOP").touch()
+    for name, status in (("whole", 0), ("cut", 75), ("cut", 0)):
+        assert start(load_script(script), *words, "--output_dir", tmp_path / name) == status
+    assert f"resume     {tmp_path / 'cut' / 'checkpoint-1'}" in capsys.readouterr().out
+    file = "adapter_model.safetensors" if lesson == "lora" else "model.safetensors"
+    ours, theirs = (load_file(tmp_path / name / file) for name in ("whole", "cut"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    for out in (tmp_path / "whole", tmp_path / "cut" / "checkpoint-1"):
+        for name in ("config.json", "generation_config.json"):
+            if (out / name).exists():
+                published, saved = (json.loads((at / name).read_text()) for at in (model, out))
+                assert published.get("pad_token_id") is saved.get("pad_token_id") is None, name
+        assert (out / "config.json").exists() == (lesson != "lora")
+        assert AutoTokenizer.from_pretrained(out).pad_token == tokenizer.eos_token
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_first_evaluation_needs_time_too(
+    strategy, script, words, tmp_path, monkeypatch, capsys
+):
+    """By a clock on which a step of 2 rows takes 10 s, the first 100 s, and an evaluation 300 s.
+
+    None has been measured: that of 72 rows is taken for 180 s, and the step before it is saved in
+    time. From then on nothing is estimated any more: it would be more than the next job has.
+    """
+    clock = SimpleNamespace(now=1000.0, time=lambda: clock.now)
+
+    def tick(seconds=10):
+        clock.now += seconds
+
+    def evaluate(self, *args, **kwargs):
+        tick(300)
+        assert clock.now < float(os.environ["DEADLINE"]), "killed in the evaluation"
+        return evaluated(self, *args, **kwargs)
+
+    evaluated = script.FineTuner.evaluate
+    monkeypatch.setattr(keep_run, "time", clock)
+    monkeypatch.setattr(script.FineTuner, "evaluate", evaluate)
+    stop_at(monkeypatch, script, 1, lambda: tick(100))
+    for step in range(2, 9):
+        stop_at(monkeypatch, script, step, tick)
+    words += ["--validation_file", write_jsonl(tmp_path / "v.jsonl", ROWS * 10)]
+    words += f"--eval_strategy {strategy} --logging_steps 1 --num_train_epochs 2".split()
+    words += "--per_device_train_batch_size 2 --save_steps 4".split()
+    words += ["--eval_steps", 4] * (strategy == "steps")
+    monkeypatch.setenv("DEADLINE", "1400")
+    assert start(script, *words, "--output_dir", tmp_path / "out") == 75
+    error = capsys.readouterr().err
+    assert "stopped    by DEADLINE (an evaluation may take 3 min) after step 3, which is" in error
+    assert clock.now == 1000 + 100 + 2 * 10
+    monkeypatch.setenv("DEADLINE", "2450")
+    assert start(script, *words, "--output_dir", tmp_path / "out") == 0
+    assert clock.now == 1120 + 5 * 10 + 2 * 300

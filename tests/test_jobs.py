@@ -725,7 +725,7 @@ def test_a_moved_environment_is_refused(machine):
 
 def test_env_in_odd_shells(machine):
     """noclobber, a cd that lists, a ~ that the shell left, an 8-bit locale, a relative VENV."""
-    before = "set -o noclobber\ncd() { builtin cd \"$@\" && ls; }\nexport CDPATH=/tmp"
+    before = 'set -o noclobber\ncd() { builtin cd "$@" && ls; }\nexport CDPATH=/tmp'
     more = {"CACHE_ROOT": "~/kept", "HF_HOME": "~/hub", "LANG": "en_US.ISO-8859-1"}
     done = source_env(machine, before=before, VENV="../.venv", **more)
     found = variables(done)
@@ -740,10 +740,10 @@ def test_models_of_others(machine):
     """A hub cache to be read only is one where nothing is to be fetched."""
     hub = machine / "shared"
     hub.mkdir()
-    before = f"mktemp() {{ [[ $1 != {shlex.quote(str(hub))}/* ]] && command mktemp \"$@\"; }}"
+    before = f'mktemp() {{ [[ $1 != {shlex.quote(str(hub))}/* ]] && command mktemp "$@"; }}'
     assert_error(source_env(machine, before=before, HF_HOME=str(hub)), "cannot write to HF_HOME")
     hub.chmod(0o555)
-    test = "[() { builtin [ \"$@\"; }\n" if os.geteuid() else ""
+    test = '[() { builtin [ "$@"; }\n' if os.geteuid() else ""
     if os.geteuid() == 0:  # to whom all is writable
         return
     found = variables(source_env(machine, before=test, HF_HOME=str(hub), HF_HUB_OFFLINE="1"))

@@ -216,6 +216,52 @@ def test_dtype(merge, checkpoints, tmp_path):
             )
 
 
+def test_what_rounding_takes_away_is_said(merge, checkpoints, tmp_path, capsys):
+    """A bf16 step of a weight is larger than what a low learning rate adds to it."""
+    base = tmp_path / "base"
+    shutil.copytree(checkpoints["llama"], base)
+    load(base).bfloat16().save_pretrained(base)
+    for size, is_lost in ((1e-5, True), (1.0, False)):
+        adapter = make_adapter(base, tmp_path / f"a{size}")
+        weights = load_file(adapter / "adapter_model.safetensors")
+        weights = {n: w * size if "lora_B" in n else w for n, w in weights.items()}
+        save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        for dtype, is_said in (("auto", is_lost), ("fp32", False)):
+            place = tmp_path / f"{size}{dtype}"
+            call(merge, adapter_name_or_path=adapter, output_dir=place, dtype=dtype)
+            said = capsys.readouterr().out
+            assert ("is rounded away: take --dtype fp32" in said) == is_said, (size, dtype, said)
+            assert ("answers as base + adapter" in said) != is_said
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_weights_that_loading_keeps_in_fp32(dtype, merge, tmp_path):
+    """Ernie's routers: an adapter that adds nothing merges into the base's file, bit for bit."""
+    tokenizer, kind = make_tokenizer(), {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    sizes |= {"intermediate_size": 48, "moe_num_experts": 4, "moe_intermediate_size": 16}
+    sizes |= {"moe_k": 2, "moe_layer_start_index": 0, "moe_layer_interval": 1}
+    config = AutoConfig.for_model("ernie4_5_moe", vocab_size=len(tokenizer), **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, std=0.15)
+        if "gate.weight" not in name and "moe_statics" not in name:
+            weight.data = weight.data.to(kind)
+    model.config.dtype = kind
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    options = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], "r": 4}
+    get_peft_model(model, LoraConfig(**options)).save_pretrained(tmp_path / "adapter")
+    paths = {"adapter_name_or_path": tmp_path / "adapter", "output_dir": tmp_path / "merged"}
+    call(merge, **paths, base_model_name_or_path=tmp_path / "base")
+    base, merged = (load_file(tmp_path / at / "model.safetensors") for at in ("base", "merged"))
+    assert base.keys() == merged.keys()
+    assert {weight.dtype for weight in base.values()} == {kind, torch.float32}
+    for name, weight in base.items():
+        assert weight.dtype == merged[name].dtype, name
+        assert torch.equal(weight, merged[name]), name
+
+
 def test_an_adapter_of_a_quantised_base(merge, trained, tmp_path, capsys):
     """It is merged into the full precision, and that is said; one of another run says nothing of it."""
     for said, place in {"load_in_4bit": ".", "load_in_8bit": "checkpoint-3", "bf16": "."}.items():

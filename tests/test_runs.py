@@ -178,13 +178,16 @@ def test_the_cache_notices_what_changed(script, checkpoints, tmp_path, monkeypat
 
 def test_an_edited_copy_reads_anew(checkpoints, tmp_path, capsys):
     """A copied script with another format_row, same data, same cache: the edit is seen."""
+    lesson = tmp_path / "lesson"
+    lesson.mkdir()
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     data, text = write_jsonl(tmp_path / "t.jsonl", ROWS), SCRIPT.read_text(encoding="utf-8")
     edited = text.replace("(prompt, False)", "('問い：' + prompt, False)")
     assert edited != text
     examples = []
     for number, source in enumerate((text, text, edited)):
-        (tmp_path / "mine.py").write_text(source, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+        (lesson / "mine.py").write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("mine", lesson / "mine.py")
         sys.modules["mine"] = mine = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(mine)
         capsys.readouterr()
@@ -194,7 +197,7 @@ def test_an_edited_copy_reads_anew(checkpoints, tmp_path, capsys):
     assert examples[0] == examples[1] and "問い：質問" not in examples[0]
     assert "問い：質問" in examples[2]
     # nor does an edited script take a finished run of another for its own, or go on from it
-    (tmp_path / "mine.py").write_text(edited + "\nNEW = 1\n", encoding="utf-8")
+    (lesson / "mine.py").write_text(edited + "\nNEW = 1\n", encoding="utf-8")
     template = tmp_path / "mine.jinja"
     turns = [{"instruction": row["prompt"], "output": row["completion"]} for row in ROWS]
     chats, more = write_jsonl(tmp_path / "c.jsonl", turns), ["--chat_template", template]
@@ -207,12 +210,12 @@ def test_an_edited_copy_reads_anew(checkpoints, tmp_path, capsys):
     message = refused(mine, capsys, checkpoints["gpt2"], data, out)
     assert "another script" in message and "--resume_from_checkpoint" not in message
     # Comments are no code, and the same data may be named otherwise.
-    (tmp_path / "mine.py").write_text(f"{edited}\n# a note\n", encoding="utf-8")
+    (lesson / "mine.py").write_text(f"{edited}\n# a note\n", encoding="utf-8")
     elsewhere = Path(os.path.relpath(data))
     with pytest.raises(SystemExit) as stop:
         start(mine, checkpoints["gpt2"], elsewhere, out)
     assert stop.value.code == 0 and "finished" in capsys.readouterr().out
-    (tmp_path / "mine.py").write_text(edited + "\nNEW = 1\n", encoding="utf-8")
+    (lesson / "mine.py").write_text(edited + "\nNEW = 1\n", encoding="utf-8")
     (out / "all_results.json").unlink()
     (out / "checkpoint-1").mkdir(exist_ok=True)
     shutil.copy(out / "trainer_state.json", out / "checkpoint-1")
