@@ -290,6 +290,7 @@ def test_answers_end_where_the_makers_end_them(full, script, checkpoints, tmp_pa
     name = "GPT2LMHeadModel" if full == "true" else "PeftModelForCausalLM"
     library = "transformers" if full == "true" else "peft"
     monkeypatch.setattr(f"{library}.{name}.generate", generate)
+    monkeypatch.setattr("keep_grpo.pads_well", lambda *_: True)  # which asks it, too
     more = [*STEPS.split(), "--max_completion_length", 4, "--max_steps", 2, "--full", full]
     file = write_jsonl(tmp_path / "t.jsonl", SHORT)
     out.mkdir()

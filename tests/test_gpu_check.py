@@ -269,7 +269,7 @@ def test_a_failing_item_is_recorded_and_the_others_go_on(monkeypatch, tmp_path):
         "two": ("left out", "needs 9 GPUs, has 2"),
         "pip": ("left out", "none-1 is not installed"),
     }
-    assert "fall               failed   status 1: error: no such thing" in out
+    assert "fall                 failed   status 1: error: no such thing" in out
     time.sleep(2.5)
     assert not (tmp_path / "late").exists()  # what was too slow was ended
     assert not list(tmp_path.glob("*.new"))

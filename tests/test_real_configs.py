@@ -355,7 +355,9 @@ EXTRA = {
 def minutes(name, method):
     """Computing time; unpacking 4-bit weights is assumed to halve the speed."""
     gpus = DRAW.plan(name, method)[1]
-    operations = OPERATIONS[method] * MODELS[name]["parameters"] * EXAMPLES * TOKENS
+    operations = OPERATIONS[method] * MODELS[name]["parameters"]
+    operations += 2 * sizes(name).head * (method == "last layer")  # its weights' gradient
+    operations *= EXAMPLES * TOKENS
     return operations / (FLOPS * SHARE * (0.5 if method == "QLoRA" else 1) * gpus) / 60
 
 
