@@ -19,7 +19,7 @@ def main(arguments):
         return parsed
 
     def load_inside(*details):
-        faulthandler.dump_traceback_later(10, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(20, exit=True, file=sys.__stderr__)
         with training[0].main_process_first(desc="loading the model"):
             return load_model(*details)
 

@@ -125,7 +125,8 @@ def test_no_deadline_is_no_obstacle(asked, machine):  # noqa: F811
     now = int(time.time())
     real = shutil.which("timeout", path=SYSTEM_PATH)  # with a second in place of env.sh's 20
     write_executable(machine / "pbs/timeout", f'#!/bin/bash\nexec {real} -k 1 1 "${{@:4}}"\n')
-    for qstat in ["exit 1", "", "trap '' TERM; sleep 99", "echo '{'"] + [
+    write_executable(machine / "pbs/sleep", "#!/bin/bash\n")  # before it asks again
+    for qstat in ["exit 1", "", f"trap '' TERM; {shutil.which('sleep')} 99", "echo '{'"] + [
         f"cat <<'X'\n{JOB % given}X\n"
         for given in [
             ("01:00:00", pbs_time(now - 4000), FAKE),  # over already
