@@ -24,6 +24,8 @@ FREE += ("save_total_limit",)
 # What decides on ids and weights beside the script itself, if it imports that.
 PARTS = ("model_layers", "model_text", "script_parts", "pair_trainer", "keep_grpo")
 FREE_WITHOUT_BEST = ("eval_", "save_", "per_device_eval", "validation")
+# Of these, the sha256 is on record: the same file may have another name.
+FILES = ("train_file", "validation_file", "chat_template", "deepspeed")
 
 
 def find_run(script, training, given, source):
@@ -162,14 +164,9 @@ def is_same_file(was, now):
     return was.get("use") == now.get("use") and (was["sha256"] == now["sha256"] or is_code)
 
 
-def is_same_place(was, now):
-    """Whether two arguments say the same; of files, whose content is compared, under any name."""
-    if was is None or now is None or isinstance(now, int | float):
-        return was == now
-    lists = [value if isinstance(value, list) else [value] for value in (was, now)]
-    if was == now or all(Path(str(file)).is_file() for file in lists[1]):
-        return len(lists[0]) == len(lists[1])
-    return Path(str(now)).exists() and Path(str(was)).resolve() == Path(str(now)).resolve()
+def are_files(names):
+    names = names if isinstance(names, list) else [names or ""]
+    return all(Path(name).is_file() for name in names)
 
 
 def what_changed(directory, training, given, data):
@@ -181,8 +178,9 @@ def what_changed(directory, training, given, data):
     free = FREE if needs else FREE + FREE_WITHOUT_BEST
     names = sorted(name for name in {*before, *given} if not name.startswith(free))
     pairs = [(name, before.get(name), given.get(name)) for name in names]
-    pairs = [pair for pair in pairs if not is_same_place(*pair[1:])]
-    changed = [f"--{name} {was}, now {now}" for name, was, now in pairs]
+    if {"data", "deepspeed"} <= run.keys():
+        pairs = [pair for pair in pairs if pair[0] not in FILES or not are_files(pair[2])]
+    changed = [f"--{name} {was}, now {now}" for name, was, now in pairs if was != now]
     was = run.get("data", data)
     was, now = ([f for f in d if not f.get("use", "").startswith(free)] for d in (was, data))
     if not is_same(was, now):

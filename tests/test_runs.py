@@ -176,7 +176,7 @@ def test_the_cache_notices_what_changed(script, checkpoints, tmp_path, monkeypat
         assert again == other and encoded <= 1
 
 
-def test_an_edited_copy_reads_anew(checkpoints, tmp_path, capsys):
+def test_an_edited_copy_reads_anew(checkpoints, tmp_path, capsys, monkeypatch):
     """A copied script with another format_row, same data, same cache: the edit is seen."""
     lesson = tmp_path / "lesson"
     lesson.mkdir()
@@ -215,6 +215,14 @@ def test_an_edited_copy_reads_anew(checkpoints, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         start(mine, checkpoints["gpt2"], elsewhere, out)
     assert stop.value.code == 0 and "finished" in capsys.readouterr().out
+    # A file that is called like an option's value hides no change of that option.
+    monkeypatch.chdir(tmp_path)
+    Path("eager").touch()
+    start(mine, checkpoints["gpt2"], data, "o4", "--attn_implementation", "sdpa")
+    message = refused(
+        mine, capsys, checkpoints["gpt2"], data, "o4", "--attn_implementation", "eager"
+    )
+    assert "--attn_implementation sdpa, now eager" in message
     (lesson / "mine.py").write_text(edited + "\nNEW = 1\n", encoding="utf-8")
     (out / "all_results.json").unlink()
     (out / "checkpoint-1").mkdir(exist_ok=True)
