@@ -78,7 +78,9 @@ def find_names(model, given, option):
     found = []
     if option == "modules_to_save":  # what is quantised cannot be trained
         numbers = {name: [*module.parameters()] for name, module in model.named_modules() if name}
-        known = [n for n, w in numbers.items() if w and all(x.is_floating_point() for x in w)]
+        beside = {model.get_parameter(name) for name in beside_text(model)}  # it gets no gradient
+        numbers = {name: weights for name, weights in numbers.items() if not beside >= {*weights}}
+        known = [n for n, w in numbers.items() if all(x.is_floating_point() for x in w)]
     else:
         known = fitting(model)
     for end in given if given not in (["all-linear"], ["none"]) else ():

@@ -284,6 +284,22 @@ def test_composites(kind, method, models, tmp_path):
     assert families.METHODS[method](kind, models[kind], tmp_path) == ""
 
 
+@pytest.mark.parametrize(
+    ("lesson", "option"),
+    [("lastlayer", "train"), ("lora", "lora_target_modules"), ("lora", "modules_to_save")],
+)
+def test_what_text_does_not_pass_cannot_be_trained(lesson, option, models, tmp_path, capsys):
+    """Asked for by name, too: it would get no gradient."""
+    script = load_script(ROOT / f"finetune_{lesson}" / f"finetune_{lesson}.py")
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b c"}])
+    words = ["--model_name_or_path", str(models["gemma3"]), "--train_file", str(data)]
+    for name in ("vision_tower", "multi_modal_projector"):
+        with pytest.raises(SystemExit) as stop:
+            script.main([*words, "--output_dir", str(tmp_path / name), f"--{option}", name])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(f"error: --{option} {name}"), error
+
+
 @pytest.mark.parametrize("method", ["DPO", "GRPO"])
 def test_preferences_and_rewards(method, models, tmp_path):
     """Experts: TRL's DPO would add a loss of their routers. What TRL does not know is refused."""
