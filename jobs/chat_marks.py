@@ -18,9 +18,14 @@ def plain(row, tokenizer):
     """As chat_turns.plain; raises ValueError where a template marks other text than is learned."""
     row, asked = chat_turns.plain(row, tokenizer)
     if MARK.search(str(tokenizer.chat_template)):
-        for turns in conversations(row):
-            compare(turns, asked)
+        template = asked.get_chat_template(tools=tools_of(asked))  # of several, the one in use
+        for turns in conversations(row) if MARK.search(template) else ():
+            compare(turns, asked, template)
     return row, asked
+
+
+def tools_of(tokenizer):
+    return getattr(tokenizer, "tools", None) or None
 
 
 def conversations(row):
@@ -37,12 +42,12 @@ def conversations(row):
     return [turns if turns[: len(asked)] == asked else [*asked, *turns] for turns in answers]
 
 
-def compare(turns, tokenizer):
+def compare(turns, tokenizer, template):
     """Look at each answer: all of it must stand in marks, and before the first one nothing else."""
     pieces = [piece for example in chat_pieces(turns, tokenizer) for piece in example]
     stops = [n for n, turn in enumerate(turns, 1) if turn["role"] == "assistant"]
     for stop, (answer, learned) in zip(stops, pieces[1::2], strict=True):
-        text, marked = marked_text(turns[:stop], tokenizer)
+        text, marked = marked_text(turns[:stop], tokenizer, template)
         start = len(text) - len(answer)
         ends = [end for _, end in marked if end <= start]
         if stop == stops[0] and ends:
@@ -55,11 +60,11 @@ def compare(turns, tokenizer):
             raise ValueError(f"{{% generation %}} leaves out {lost!r:.80}, which is learned here.")
 
 
-def marked_text(turns, tokenizer):
+def marked_text(turns, tokenizer, template):
     """Return (text, [(start, end) of each marked part]) of a conversation."""
     turns = tokenizer.in_full(turns) if hasattr(tokenizer, "in_full") else turns
-    tools = getattr(tokenizer, "tools", None) or None
-    template = tokenizer.get_chat_template(tools=tools)
-    given = {"chat_template": template, "tools": tools, **tokenizer.special_tokens_map}
-    texts, marked = render_jinja_template([turns], return_assistant_tokens_mask=True, **given)
+    given = {"tools": tools_of(tokenizer), **tokenizer.special_tokens_map}
+    texts, marked = render_jinja_template(
+        [turns], chat_template=template, return_assistant_tokens_mask=True, **given
+    )
     return texts[0], marked[0]

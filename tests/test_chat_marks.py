@@ -108,3 +108,15 @@ def test_marks_in_other_rows():
         with pytest.raises(ValueError, match=r"leaves out '<.endoftext.>'"):
             chat_marks.plain(row, bad)
     chat_marks.plain({"prompt": "hi", "completion": "yes"}, bad)  # goes through no template
+
+
+def test_of_several_templates_the_one_in_use_counts():
+    """The other one's marks say nothing of a row without tools."""
+    tokenizer = make_tokenizer(bos=True)
+    plain = WHOLE.replace(ANSWER, "{{- m.content + eos_token -}}")
+    tokenizer.chat_template = {"default": plain, "tool_use": WHOLE}
+    row = {"messages": ROWS["one answer"]}
+    assert chat_marks.plain(row, tokenizer) == (row, tokenizer)
+    tokenizer.chat_template = {"default": CASES["the end is not marked"][0], "tool_use": plain}
+    with pytest.raises(ValueError, match="leaves out"):
+        chat_marks.plain(row, tokenizer)
