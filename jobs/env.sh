@@ -72,12 +72,16 @@ _env_writable() {
   return "$status"
 }
 
-_env_caches() {
-  local group=${GROUP:-} user=${USER:-$(id -un)} name
-  # qsub -v passes a ~ on as it stands.
+# qsub -v passes a ~ on as it stands; Python's scripts know it, bash does not.
+_env_homes() {
+  local name
   for name in VENV CACHE_ROOT BUILD_CACHE HF_HOME CONFIG ARGS_FILE MODEL TRAIN_FILE OUTPUT_DIR JGLUE_DIR TEXT_FILE; do
     [[ ${!name:-} != [~]/* ]] || export "$name=$HOME/${!name:2}"
   done
+}
+
+_env_caches() {
+  local group=${GROUP:-} user=${USER:-$(id -un)} name problem
   if [[ -z $group && $PWD/ =~ ^/groups/([^/]+)/ ]]; then group=${BASH_REMATCH[1]}; fi
   if [[ -z ${CACHE_ROOT:-} ]]; then
     if [[ -n $group ]]; then CACHE_ROOT=/groups/$group/$user/cache; else CACHE_ROOT=$HOME/.cache; fi
@@ -93,11 +97,11 @@ _env_caches() {
   export HF_XET_CACHE=${HF_XET_CACHE:-$HF_HOME/xet} TORCH_HOME=${TORCH_HOME:-$CACHE_ROOT/torch}
   export TORCH_EXTENSIONS_DIR=$BUILD_CACHE/torch_extensions TORCHINDUCTOR_CACHE_DIR=$BUILD_CACHE/inductor
   export TRITON_CACHE_DIR=$BUILD_CACHE/triton CUDA_CACHE_PATH=$BUILD_CACHE/cuda
-  if [[ ${HF_HUB_OFFLINE:-} == 1 && -d $HF_HOME && ! -w $HF_HOME ]]; then # models of others, to be read only
+  if ! problem=$(_env_writable HF_HOME "Set HF_HOME to a directory of yours, or unset it" 2>&1); then
+    [[ ${HF_HUB_OFFLINE:-} == 1 && -d $HF_HOME ]] || { echo "$problem" >&2; return 2; }
+    # Models of others, to be read only: what is written besides goes elsewhere.
     export HF_DATASETS_CACHE=${HF_DATASETS_CACHE:-$CACHE_ROOT/datasets}
     export HF_MODULES_CACHE=${HF_MODULES_CACHE:-$CACHE_ROOT/modules} HF_XET_CACHE=$CACHE_ROOT/xet
-  else
-    _env_writable HF_HOME "Set HF_HOME to a directory of yours, or unset it" || return
   fi
   for name in HF_XET_CACHE PIP_CACHE_DIR TORCH_HOME \
     TORCH_EXTENSIONS_DIR TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR CUDA_CACHE_PATH; do
@@ -158,11 +162,10 @@ _env_deadline() {
 # What stands in CONFIG is not to be given a second time, and lost.
 _env_config() {
   local name
-  [[ -n ${CONFIG:-} && -z ${CONFIG_CHECKED:-} ]] || return 0
+  [[ -n ${CONFIG:-} ]] || return 0
   for name in MODEL TRAIN_FILE OUTPUT_DIR; do
     [[ -z ${!name:-} ]] || _env_error "CONFIG=$CONFIG stands in place of $name=${!name}. Leave one of them out" || return
   done
-  export CONFIG_CHECKED=yes # a sweep sets OUTPUT_DIR; what sources this file below this job is not asked again
 }
 
 # A sweep, qsub -J 1-N -v ARGS_FILE=sweep.txt: each job of the array has its line of the file and its OUTPUT_DIR.
@@ -177,7 +180,8 @@ _env_sweep() {
     _env_error "there is no line $PBS_ARRAY_INDEX in ARGS_FILE=$ARGS_FILE, or nothing in it" || return
   [[ -z ${CONFIG:-} || $line == *--output_dir* ]] ||
     _env_error "CONFIG has one output_dir for all. Put an --output_dir into each line of $ARGS_FILE" || return
-  export ARGS="${ARGS:+$ARGS }$line" OUTPUT_DIR=${OUTPUT_DIR:-output}/$PBS_ARRAY_INDEX
+  export ARGS="${ARGS:+$ARGS }$line"
+  [[ -n ${CONFIG:-} ]] || export OUTPUT_DIR=${OUTPUT_DIR:-output}/$PBS_ARRAY_INDEX # else the line has one
   echo "sweep     line $PBS_ARRAY_INDEX of $ARGS_FILE: $line"
   unset ARGS_FILE # done; what sources this file again below this job keeps ARGS and OUTPUT_DIR
 }
@@ -210,6 +214,7 @@ _env_main() {
   export PYTHONUTF8=1       # whatever LANG a profile sets
   # PBS sends SIGTERM to this shell too. With a trap it waits for what it runs, which saves, and returns its status.
   [[ ${PBS_ENVIRONMENT:-} != PBS_BATCH ]] || trap : TERM
+  _env_homes
   _env_modules && _env_caches && _env_threads && _env_deadline && _env_config && _env_sweep || return
   VENV=${VENV:-${here%/*}/.venv}
   [[ $VENV == /* ]] || VENV=$PWD/$VENV

@@ -31,11 +31,8 @@ def check_lock(path):
             text, touched = path.read_text("utf-8", errors="replace"), path.stat().st_mtime
             words = text.split()  # none after a crash
             host, pid, job = [*words, "?"][:3] if len(words) > 1 else "???"
-            is_lock, advice = (
-                not text or pid.isdecimal(),
-                "move it, or choose another --output_dir.",
-            )
-            check(is_lock, f"{path} is no run's lock: {advice}")
+            advice = "move it, or choose another --output_dir."
+            check(not text or pid.isdecimal(), f"{path} is no run's lock: {advice}")
             is_here, age = host == os.uname().nodename, time.time() - touched
             is_gone = is_here and (pid == str(os.getpid()) or not Path("/proc", pid).exists())
             runs = age > 120 and not is_gone and is_running(job)

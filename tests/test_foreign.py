@@ -288,7 +288,6 @@ def write(path, text):
 
 def test_edits_that_generation_would_not_share(llama, tmp_path, capsys):
     """Other ends in format_row; a CHAT_TEMPLATE beside the model's own; another generate_text.py."""
-    (tmp_path / "jobs").symlink_to(ROOT / "jobs")  # beside the copies' directory
     rows = [{"instruction": row["prompt"], "output": row["completion"]} for row in ROWS]
     data = write_jsonl(tmp_path / "d.jsonl", rows)
     text = (ROOT / "finetune_full/finetune_full.py").read_text()

@@ -741,13 +741,17 @@ def test_models_of_others(machine):
     hub = machine / "shared"
     hub.mkdir()
     before = f'mktemp() {{ [[ $1 != {shlex.quote(str(hub))}/* ]] && command mktemp "$@"; }}'
-    assert_error(source_env(machine, before=before, HF_HOME=str(hub)), "cannot write to HF_HOME")
-    hub.chmod(0o555)
-    test = '[() { builtin [ "$@"; }\n' if os.geteuid() else ""
-    if os.geteuid() == 0:  # to whom all is writable
-        return
-    found = variables(source_env(machine, before=test, HF_HOME=str(hub), HF_HUB_OFFLINE="1"))
-    assert found["HF_DATASETS_CACHE"] == str(machine / "home/.cache/datasets")
+    more = {"before": before, "HF_HOME": str(hub)}
+    assert_error(source_env(machine, **more), f"cannot write to HF_HOME={hub}")
+    found = variables(source_env(machine, HF_HUB_OFFLINE="1", **more))
+    kept = machine / "home/.cache"
+    wanted = [str(hub), *(str(kept / name) for name in ("datasets", "modules", "xet"))]
+    names = ("HF_HOME", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_XET_CACHE")
+    assert [found[name] for name in names] == wanted
+    assert "HF_DATASETS_CACHE" not in variables(source_env(machine, HF_HUB_OFFLINE="1"))
+    missing = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(machine / "file" / "x")}
+    (machine / "file").touch()
+    assert_error(source_env(machine, **missing), "cannot write to HF_HOME=")
 
 
 def test_a_settings_file_and_its_variables(machine):
